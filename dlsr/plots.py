@@ -1,0 +1,238 @@
+"""Every figure of the book, in one style. A function draws one figure and returns it."""
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from IPython.display import HTML, display
+from matplotlib.figure import Figure
+from sklearn.decomposition import PCA
+from sklearn.metrics import roc_curve
+
+from dlsr.datasets import DATASETS, ImageSet
+from dlsr.features import Features, layer_slices
+from dlsr.results import SetScores
+
+PALETTE = sns.color_palette("colorblind")
+COLOURS = {"id": PALETTE[0], "near": PALETTE[1], "far": PALETTE[2]}
+SCORE_NAMES = {"mse": "MSE", "lr": "LR", "mfsim": "MFsim"}
+SET_NAMES = {
+    "digits/test": "digits 0-7",
+    "digits_8_9/test": "digits 8 and 9",
+    "photo_patches/test": "photo patches",
+    "cifar10/test": "CIFAR-10",
+    "cifar100/test": "CIFAR-100",
+}
+WIDTH = 7.2  # inches: the column of the book
+
+
+def use_style() -> None:
+    """The book's look; every function here calls it."""
+    sns.set_theme(style="whitegrid", palette="colorblind", font_scale=0.95)
+    plt.rcParams |= {
+        "figure.dpi": 110,
+        "savefig.dpi": 150,
+        "axes.titlesize": "medium",
+        "figure.titlesize": "medium",
+        "figure.titleweight": "bold",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
+
+
+def set_name(key: str) -> str:
+    """A set as a reader knows it."""
+    return SET_NAMES.get(key, key)
+
+
+def show_table(table: pd.DataFrame) -> HTML:
+    """A table without its index, as the book's pages style it; numbers with one decimal."""
+    return HTML(
+        table.to_html(index=False, border=0, classes="table", float_format="{:.1f}".format, na_rep="–")
+    )
+
+
+def with_interval(value: float, low: float, high: float) -> str:
+    """``86.2 [85.7, 86.7]``."""
+    return f"{value:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def glue(name: str, value: float | str) -> None:
+    """Keep a value in the notebook's output, invisibly, for the book's other pages.
+
+    What ``myst_nb.glue`` writes, so that a kernel (Colab's, say) needs no myst_nb.
+    """
+    prefix = "application/papermill.record/"
+    about = {"scrapbook": {"name": name, "mime_prefix": prefix}}
+    display({f"{prefix}text/plain": repr(value)}, raw=True, metadata=about)
+
+
+def _colour(key: str):
+    return COLOURS[DATASETS[key].role] if key in DATASETS else PALETTE[7]
+
+
+def _figure(columns: int, *, height: float, rows: int = 1, **options) -> tuple[Figure, np.ndarray]:
+    use_style()
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(WIDTH, height), squeeze=False, layout="constrained", **options
+    )
+    return figure, axes
+
+
+def _finish(figure: Figure, title: str) -> Figure:
+    figure.suptitle(title, wrap=True)
+    plt.close(figure)  # shown once, by being a cell's last expression
+    return figure
+
+
+def image_grid(
+    sets: Mapping[str, tuple[ImageSet, Sequence[int]]],
+    *,
+    title: str,
+    labels: Mapping[str, Sequence[str]] | None = None,
+) -> Figure:
+    """Images of several sets, a row each, under optional labels."""
+    columns = max(len(rows) for _, rows in sets.values())
+    figure, axes = _figure(columns, rows=len(sets), height=0.55 + len(sets) * (1.05 if labels else 0.85))
+    for line, (name, (images, rows)) in zip(axes, sets.items(), strict=True):
+        for axis in line:
+            axis.set_axis_off()
+        for place, (axis, row) in enumerate(zip(line, rows, strict=False)):
+            axis.imshow(images.image(int(row)), interpolation="nearest")
+            if labels:
+                axis.set_title(labels[name][place], fontsize=8, pad=2)
+        line[0].text(-0.25, 0.5, name, transform=line[0].transAxes, ha="right", va="center", fontsize=9)
+    return _finish(figure, title)
+
+
+def layer_maps(features: Mapping[str, Features], *, pooling: str, title: str) -> Figure:
+    """The first two principal components of z0, layer by layer, fitted on the first set."""
+    first = next(iter(features.values()))
+    figure, axes = _figure(len(first.channels), height=2.1)
+    z0 = {name: f.z0(pooling) for name, f in features.items()}
+    for number, (axis, layer) in enumerate(zip(axes[0], layer_slices(first.channels), strict=True), start=1):
+        pca = PCA(2, random_state=0).fit(z0[next(iter(z0))][:, layer])
+        for name, values in z0.items():
+            x, y = pca.transform(values[:, layer]).T
+            axis.scatter(
+                x,
+                y,
+                s=3,
+                alpha=0.5,
+                linewidths=0,
+                color=_colour(name),
+                label=set_name(name),
+                rasterized=True,
+            )
+        axis.set(title=f"layer {number}\n{layer.stop - layer.start} channels", xticks=[], yticks=[])
+    handles, names = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), markerscale=4, frameon=False)
+    return _finish(figure, title)
+
+
+def training_curve(losses: Mapping[str, Sequence[float]], *, title: str) -> Figure:
+    """Mean training loss by epoch."""
+    figure, axes = _figure(1, height=2.6)
+    for name, values in losses.items():
+        axes[0][0].plot(range(1, len(values) + 1), values, label=name)
+    axes[0][0].set(xlabel="epoch", ylabel="loss, mean squared error", yscale="log")
+    if len(losses) > 1:
+        axes[0][0].legend(frameon=False)
+    return _finish(figure, title)
+
+
+def score_histograms(scores: SetScores, columns: Sequence[str], *, title: str) -> Figure:
+    """Densities of each score, one colour a set; the dashed line accepts 95 % of ID."""
+    figure, axes = _figure(len(columns), height=2.7)
+    for axis, column in zip(axes[0], columns, strict=True):
+        values = scores.table[column]
+        bins = np.linspace(*values.quantile([0.001, 0.999]), 60)
+        for name in scores.sets:
+            sns.histplot(
+                x=scores.of(name, column), bins=bins, stat="density", element="step", alpha=0.3, ax=axis,
+                color=_colour(name), label=set_name(name),
+            )  # fmt: skip
+        axis.axvline(np.quantile(scores.of(scores.sets[0], column), 0.95), color="0.3", ls="--", lw=1)
+        axis.set(
+            title=SCORE_NAMES[scores.columns[column]["score"]],
+            xlabel="score, larger = more OOD",
+            ylabel="",
+        )
+        axis.set_yticks([])
+    handles, names = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
+    return _finish(figure, title)
+
+
+def roc_curves(scores: SetScores, columns: Sequence[str], *, title: str) -> Figure:
+    """ID accepted against OOD accepted, a panel for each OOD set; FPR95 lies on the dashed line."""
+    id_set, *ood_sets = scores.sets
+    figure, axes = _figure(len(ood_sets), height=3.4, sharey=True)
+    for axis, ood in zip(axes[0], ood_sets, strict=True):
+        for column, colour in zip(columns, PALETTE[3:], strict=False):
+            id_scores, ood_scores = scores.of(id_set, column), scores.of(ood, column)
+            labels = np.repeat([1, 0], [len(id_scores), len(ood_scores)])
+            accepted_ood, accepted_id, _ = roc_curve(labels, -np.concatenate([id_scores, ood_scores]))
+            name = SCORE_NAMES[scores.columns[column]["score"]]
+            axis.plot(100 * accepted_ood, 100 * accepted_id, color=colour, label=name)
+        axis.axhline(95, color="0.4", ls="--", lw=1)
+        axis.set(title=f"OOD: {set_name(ood)}", xlabel="OOD accepted as ID, %", aspect="equal")
+    axes[0][0].set_ylabel("ID accepted, %")
+    axes[0][-1].legend(frameon=False, loc="lower right")
+    return _finish(figure, title)
+
+
+def paper_and_measured(table: pd.DataFrame, *, metric: str, title: str) -> Figure:
+    """Measured values with their intervals beside the paper's.
+
+    ``table`` has columns ``row``, ``measured``, ``ci_low``, ``ci_high``, ``paper`` (NaN: none) and
+    ``group``.
+    """
+    figure, axes = _figure(1, height=0.9 + 0.36 * len(table))
+    axis, y = axes[0][0], np.arange(len(table))[::-1]
+    colours = dict(zip(table["group"].unique(), PALETTE, strict=False))
+    for group, colour in colours.items():
+        chosen = (table["group"] == group).to_numpy()
+        part = table[chosen]
+        errors = [part["measured"] - part["ci_low"], part["ci_high"] - part["measured"]]
+        axis.errorbar(part["measured"], y[chosen], xerr=errors, fmt="o", color=colour, capsize=3, label=group)
+    axis.scatter(
+        table["paper"],
+        y,
+        marker="D",
+        facecolors="none",
+        edgecolors="0.2",
+        zorder=3,
+        label="paper (quoted)",
+    )
+    axis.set(yticks=y, yticklabels=table["row"], xlabel=metric)
+    axis.set_ylim(-0.6, len(table) - 0.4)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    return _finish(figure, title)
+
+
+def layer_bars(table: pd.DataFrame, *, title: str) -> Figure:
+    """AUROC of each layer alone with its interval: ``layer``, ``score``, ``value``, ``ci_low``, ``ci_high``."""
+    figure, axes = _figure(1, height=2.8)
+    axis = axes[0][0]
+    scores = list(table["score"].unique())
+    for i, (score, colour) in enumerate(zip(scores, PALETTE[3:], strict=False)):
+        part = table[table["score"] == score]
+        x = part["layer"].astype(float) + 0.16 * (i - (len(scores) - 1) / 2)
+        errors = [part["value"] - part["ci_low"], part["ci_high"] - part["value"]]
+        axis.errorbar(
+            x,
+            part["value"],
+            yerr=errors,
+            fmt="o",
+            capsize=3,
+            color=colour,
+            label=SCORE_NAMES[score],
+        )
+    axis.axhline(50, color="0.4", ls="--", lw=1)
+    axis.set(xlabel="layer of the encoder (1 = nearest the pixels)", ylabel="AUROC, %")
+    axis.set_xticks(sorted(table["layer"].astype(int).unique()))
+    axis.legend(frameon=False)
+    return _finish(figure, title)

@@ -1,0 +1,227 @@
+"""Results on disk: one CSV a benchmark, and the scores of every image that all of it follows from."""
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dlsr import __version__
+from dlsr.datasets import UserError
+from dlsr.features import replace_file
+from dlsr.metrics import METRICS, bootstrap, interval
+
+COLUMNS = [
+    "benchmark",
+    "id",
+    "ood",
+    "method",
+    "score",
+    "metric",
+    "value",
+    "ci_low",
+    "ci_high",
+    "versus",
+    "seed",
+    "n_train",
+    "n_id",
+    "n_ood",
+    "encoder",
+    "weights_sha256",
+    "protocol",
+    "pooling",
+    "layers",
+    "reconstruction",
+    "t",
+    "noise_draws",
+    "width",
+    "blocks",
+    "epochs",
+    "partial",
+    "profile",
+    "device",
+    "images_per_second",
+    "version",
+    "date",
+]
+MEASURED = ("value", "ci_low", "ci_high", "images_per_second", "device", "version", "date")
+SETTINGS = [column for column in COLUMNS if column not in MEASURED]  # rows equal in these are replaced
+VARIANT = ("score", "layers", "reconstruction", "t", "noise_draws")  # what tells a score's column
+
+
+@dataclass(frozen=True)
+class SetScores:
+    """Scores of every image of one run, one seed: a column per variant beside ``set`` and ``image``.
+
+    ``columns`` gives each score column its `VARIANT` values; ``about`` holds the settings that all
+    rows share, by the names of `COLUMNS`.
+    """
+
+    table: pd.DataFrame
+    columns: Mapping[str, Mapping[str, str | int]]
+    about: Mapping[str, str | int | float] = field(default_factory=dict)
+
+    def of(self, name: str, column: str) -> np.ndarray:
+        """The scores of one set."""
+        return self.table.loc[self.table["set"] == name, column].to_numpy()
+
+    @property
+    def sets(self) -> list[str]:
+        return list(self.table["set"].unique())
+
+
+def project_folder() -> Path:
+    """The nearest folder above the current one that holds the book, else the current one."""
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "_config.yml").is_file() and (folder / "notebooks").is_dir():
+            return folder
+    return here
+
+
+def results_folder(profile: str) -> Path:
+    """``results/``; for the demo ``_build/demo/``, so that it never stands among real results."""
+    return project_folder() / ("_build/demo" if profile == "demo" else "results")
+
+
+def variant_column(variant: Mapping[str, str | int]) -> str:
+    """``mfsim/2..M/released/t3/k1``."""
+    score, layers, mode, t, k = (variant[name] for name in VARIANT)
+    return f"{score}/{layers}/{mode}/t{t}/k{k}"
+
+
+def write_scores(file: Path, scores: SetScores) -> None:
+    """Parquet, float32, with the settings in the schema's metadata."""
+    table = pa.Table.from_pandas(scores.table, preserve_index=False)
+    about = json.dumps({"columns": scores.columns, "about": scores.about})
+    table = table.replace_schema_metadata({"dlsr": about})
+    replace_file(file, lambda path: pq.write_table(table, path, compression="zstd"))
+
+
+def read_scores(file: Path) -> SetScores:
+    """What `write_scores` wrote."""
+    try:
+        table = pq.read_table(file)
+        about = json.loads((table.schema.metadata or {})[b"dlsr"])
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{file} is not a whole file of scores ({error!r}); run its benchmark again."
+        ) from error
+    return SetScores(table.to_pandas(), about["columns"], about["about"])
+
+
+def summarise(runs: Sequence[SetScores], *, id_set: str) -> pd.DataFrame:
+    """Rows of `COLUMNS`, in percent, from the same settings' scores under several seeds.
+
+    For each OOD set, variant and metric one row a seed and one for their mean; AUROC and FPR95 have
+    a 95 % interval over images (stratified bootstrap, the mean's over the mean of seeds). Rows with
+    ``versus`` are the paired AUROC difference of a headline score from the first score.
+    """
+    first = runs[0]
+    names = list(first.columns)
+    rows = []
+    for ood in [name for name in first.sets if name != id_set]:
+        pairs = {name: [(run.of(id_set, name), run.of(ood, name)) for run in runs] for name in names}
+        draws = bootstrap([pair for name in names for pair in pairs[name]])
+        draws = {m: v.reshape(len(names), len(runs), -1) for m, v in draws.items()}
+        points = {
+            metric: np.array([[function(*pair) for pair in pairs[name]] for name in names])
+            for metric, function in METRICS.items()
+        }
+        common = {
+            "id": id_set,
+            "ood": ood,
+            "n_id": len(pairs[names[0]][0][0]),
+            "n_ood": len(pairs[names[0]][0][1]),
+        }
+        for i, name in enumerate(names):
+            for metric in METRICS:
+                sample = draws[metric][i] if metric in draws else None
+                rows += _rows(
+                    runs,
+                    common | dict(first.columns[name]) | {"metric": metric},
+                    points[metric][i],
+                    sample,
+                )
+        base = names[0]
+        for i, name in enumerate(names[1:], start=1):
+            same_run = first.columns[name]["reconstruction"] == first.columns[base]["reconstruction"]
+            if same_run and not first.columns[name]["layers"].isdigit():
+                about = common | dict(first.columns[name]) | {"metric": "auroc", "versus": base}
+                difference = draws["auroc"][i] - draws["auroc"][0]
+                rows += _rows(runs, about, points["auroc"][i] - points["auroc"][0], difference)
+    return pd.DataFrame(rows).reindex(columns=COLUMNS)
+
+
+def _rows(runs, common: dict, points: np.ndarray, draws: np.ndarray | None) -> list[dict]:
+    """One row a seed, and the mean: ``points`` is (seeds,), ``draws`` (seeds, draws) or None."""
+    entries = [
+        (run.about["seed"], points[i], None if draws is None else draws[i]) for i, run in enumerate(runs)
+    ]
+    entries.append(("mean", points.mean(), None if draws is None else draws.mean(0)))
+    rows = []
+    for seed, value, sample in entries:
+        low, high = (np.nan, np.nan) if sample is None else interval(sample)
+        measured = {"value": 100 * value, "ci_low": 100 * low, "ci_high": 100 * high}
+        stamp = {"version": __version__, "date": datetime.date.today().isoformat()}
+        rows.append({"versus": ""} | dict(runs[0].about) | common | {"seed": str(seed)} | measured | stamp)
+    return rows
+
+
+def write_rows(file: Path, rows: pd.DataFrame) -> pd.DataFrame:
+    """Add rows to a CSV; those with the same settings are replaced. Returns the whole table."""
+    rows = as_table(rows)
+    if file.is_file():
+        old = read_rows(file)
+        keys = set(map(tuple, rows[SETTINGS].to_numpy()))
+        kept = [tuple(row) not in keys for row in old[SETTINGS].to_numpy()]
+        rows = pd.concat([old[kept], rows], ignore_index=True) if any(kept) else rows
+    order = [
+        "benchmark",
+        "encoder",
+        "pooling",
+        "ood",
+        "versus",
+        "score",
+        "layers",
+        "reconstruction",
+        "metric",
+        "seed",
+    ]
+    rows = rows.sort_values([*order, "t", "width", "blocks", "epochs"], kind="stable", ignore_index=True)
+    replace_file(file, lambda path: rows.to_csv(path, index=False, float_format="%.4f", lineterminator="\n"))
+    return rows
+
+
+def read_rows(file: Path) -> pd.DataFrame:
+    """A results CSV: text and numbers as `COLUMNS` has them, empty cells of text as ''."""
+    try:
+        rows = pd.read_csv(file, dtype=str, keep_default_na=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is not a readable table of results ({error}).") from error
+    missing = [column for column in COLUMNS if column not in rows]
+    if missing:
+        raise UserError(f"{file} lacks the columns {', '.join(missing)}; it is of another version.")
+    return as_table(rows)
+
+
+NUMBERS = ("value", "ci_low", "ci_high", "images_per_second")
+WHOLE = ("n_train", "n_id", "n_ood", "t", "noise_draws", "width", "blocks", "epochs")
+
+
+def as_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """The same rows with one type a column, so that settings compare."""
+    rows = rows.copy()
+    for column in rows.columns:
+        if column in NUMBERS:
+            rows[column] = pd.to_numeric(rows[column])
+        elif column in WHOLE:
+            rows[column] = pd.to_numeric(rows[column]).astype(int)
+        else:
+            rows[column] = rows[column].fillna("").astype(str)
+    return rows
