@@ -49,9 +49,8 @@ def set_name(key: str) -> str:
 
 def show_table(table: pd.DataFrame) -> HTML:
     """A table without its index, as the book's pages style it; numbers with one decimal."""
-    return HTML(
-        table.to_html(index=False, border=0, classes="table", float_format="{:.1f}".format, na_rep="–")
-    )
+    options = {"index": False, "border": 0, "classes": "table", "na_rep": "–"}
+    return HTML(table.to_html(float_format="{:.1f}".format, **options))
 
 
 def with_interval(value: float, low: float, high: float) -> str:
@@ -214,7 +213,10 @@ def paper_and_measured(table: pd.DataFrame, *, metric: str, title: str) -> Figur
 
 
 def layer_bars(table: pd.DataFrame, *, title: str) -> Figure:
-    """AUROC of each layer alone with its interval: ``layer``, ``score``, ``value``, ``ci_low``, ``ci_high``."""
+    """AUROC of each layer alone with its interval.
+
+    ``table`` has columns ``layer``, ``score``, ``value``, ``ci_low``, ``ci_high``.
+    """
     figure, axes = _figure(1, height=2.8)
     axis = axes[0][0]
     scores = list(table["score"].unique())

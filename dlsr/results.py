@@ -16,39 +16,14 @@ from dlsr.datasets import UserError
 from dlsr.features import replace_file
 from dlsr.metrics import METRICS, bootstrap, interval
 
+# fmt: off
 COLUMNS = [
-    "benchmark",
-    "id",
-    "ood",
-    "method",
-    "score",
-    "metric",
-    "value",
-    "ci_low",
-    "ci_high",
-    "versus",
-    "seed",
-    "n_train",
-    "n_id",
-    "n_ood",
-    "encoder",
-    "weights_sha256",
-    "protocol",
-    "pooling",
-    "layers",
-    "reconstruction",
-    "t",
-    "noise_draws",
-    "width",
-    "blocks",
-    "epochs",
-    "partial",
-    "profile",
-    "device",
-    "images_per_second",
-    "version",
-    "date",
+    "benchmark", "id", "ood", "method", "score", "metric", "value", "ci_low", "ci_high", "versus",
+    "seed", "n_train", "n_id", "n_ood", "encoder", "weights_sha256", "protocol", "pooling", "layers",
+    "reconstruction", "t", "noise_draws", "width", "blocks", "epochs", "partial", "profile", "device",
+    "images_per_second", "version", "date",
 ]
+# fmt: on
 MEASURED = ("value", "ci_low", "ci_high", "images_per_second", "device", "version", "date")
 SETTINGS = [column for column in COLUMNS if column not in MEASURED]  # rows equal in these are replaced
 VARIANT = ("score", "layers", "reconstruction", "t", "noise_draws")  # what tells a score's column
