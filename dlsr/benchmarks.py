@@ -18,6 +18,7 @@ from dlsr.encoders import POOLINGS, get_encoder
 from dlsr.features import Features, extract
 from dlsr.results import (
     SetScores,
+    read_rows,
     results_folder,
     summarise,
     variant_column,
@@ -314,10 +315,22 @@ def compare(run: Settings, rows: pd.DataFrame) -> pd.DataFrame:
     return table.assign(difference=table["measured"] - table["paper"])
 
 
+def read_results(run: Settings) -> pd.DataFrame:
+    """All rows of the item that were measured on the same sets, whatever their other settings."""
+    rows = read_rows(results_file(run))
+    return rows[rows["id"].eq(run.profile.id_test) & rows["ood"].isin(run.profile.ood)]
+
+
+def headline_columns() -> list[str]:
+    """The score columns of MSE, LR and MFsim in the headline setting."""
+    how = {"reconstruction": HEADLINE.mode, "t": HEADLINE.t, "noise_draws": HEADLINE.noise_draws}
+    return [variant_column({"score": s, "layers": m} | how) for s, m in HEADLINE_SCORES.items()]
+
+
 def select(rows: pd.DataFrame, **wanted: Any) -> pd.Series:
     """The one row with these values; the mean over seeds in the headline setting unless said."""
-    headline = {"reconstruction": HEADLINE.mode, "t": HEADLINE.t, "noise_draws": HEADLINE.noise_draws}
-    wanted = {"seed": "mean", "versus": ""} | headline | wanted
+    how = {"reconstruction": HEADLINE.mode, "t": HEADLINE.t, "noise_draws": HEADLINE.noise_draws}
+    wanted = {"seed": "mean", "versus": ""} | how | wanted
     chosen = rows[np.logical_and.reduce([rows[name] == value for name, value in wanted.items()])]
     if len(chosen) != 1:
         raise UserError(f"{len(chosen)} rows of the results fit {wanted}; exactly one is needed.")

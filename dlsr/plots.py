@@ -1,6 +1,7 @@
 """Every figure of the book, in one style. A function draws one figure and returns it."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -11,9 +12,10 @@ from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 from sklearn.metrics import roc_curve
 
+from dlsr.benchmarks import HEADLINE_SCORES, select
 from dlsr.datasets import DATASETS, ImageSet
-from dlsr.features import Features, layer_slices
-from dlsr.results import SetScores
+from dlsr.features import Features, layer_slices, replace_file
+from dlsr.results import SetScores, project_folder
 
 PALETTE = sns.color_palette("colorblind")
 COLOURS = {"id": PALETTE[0], "near": PALETTE[1], "far": PALETTE[2]}
@@ -56,6 +58,42 @@ def show_table(table: pd.DataFrame) -> HTML:
 def with_interval(value: float, low: float, high: float) -> str:
     """``86.2 [85.7, 86.7]``."""
     return f"{value:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def intervals_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """AUROC and FPR95 of the headline scores on every OOD set, with intervals."""
+    entries = []
+    for ood in rows["ood"].unique():
+        for score, layers in HEADLINE_SCORES.items():
+            entry = {"OOD": set_name(ood), "score": SCORE_NAMES[score]}
+            for metric in ("auroc", "fpr95"):
+                row = select(rows, ood=ood, score=score, layers=layers, metric=metric)
+                entry[f"{metric.upper()}, %"] = with_interval(row["value"], row["ci_low"], row["ci_high"])
+            entries.append(entry)
+    return pd.DataFrame(entries)
+
+
+def settings_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """AUROC of every setting an item was run in, a line for each and a column a score."""
+    chosen = rows.query("metric == 'auroc' and seed == 'mean' and versus == '' and layers in ['all', '2..M']")
+    chosen = chosen.assign(
+        LFDN=chosen["blocks"].astype(str) + "x" + chosen["width"].astype(str),
+        how=chosen["reconstruction"] + ", t = " + chosen["t"].astype(str),
+        K=chosen["noise_draws"],
+        column=chosen["score"].map(SCORE_NAMES) + chosen["layers"].map({"all": "", "2..M": " 2..M"}),
+        cell=[with_interval(r.value, r.ci_low, r.ci_high) for r in chosen.itertuples()],
+    )
+    settings = ["encoder", "pooling", "LFDN", "epochs", "how", "K"]
+    table = chosen.pivot(index=settings, columns="column", values="cell").reset_index()
+    table = table.rename(columns={"how": "reconstruction", "MFsim": "MFsim, all layers"})
+    return table.rename_axis(columns=None)
+
+
+def save(figure: Figure, name: str) -> Path:
+    """Write a figure into ``book/images``, for the pages that are no notebooks."""
+    path = project_folder() / "book" / "images" / name
+    replace_file(path, lambda temporary: figure.savefig(temporary, format=path.suffix[1:]))
+    return path
 
 
 def glue(name: str, value: float | str) -> None:

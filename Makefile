@@ -1,0 +1,35 @@
+# make book: executes the quickstart and builds the book.  make test: ruff and pytest.
+# Both make .venv first; nothing is redone that is not out of date.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+QUICKSTART := book/notebooks/00_quickstart.ipynb
+BOOK := _build/html/index.html
+.DELETE_ON_ERROR:
+.PHONY: book test clean
+
+book: $(BOOK)
+	@echo "The book lies in $(abspath $(BOOK))"
+
+test: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+$(VENV)/installed: pyproject.toml dlsr/__init__.py
+	@$(PYTHON) -c 'import sys; sys.exit("dlsr needs Python 3.10 or newer; run: make PYTHON=python3.12" if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --editable ".[test]"
+	@touch $@
+
+$(QUICKSTART): notebooks/00_quickstart.ipynb $(wildcard dlsr/*) $(VENV)/installed
+	$(BIN)/dlsr run 00_quickstart
+
+# -W: a warning fails the build; --all: else numbers glued from other pages may be stale
+$(BOOK): $(QUICKSTART) _config.yml $(shell find book results -type f -not -path '*/_build/*') $(VENV)/installed
+	$(BIN)/jupyter-book build -W -n --keep-going --all --path-output . book
+	$(BIN)/python book/check_links.py _build/html
+	@touch $@
+
+clean:
+	rm -rf _build $(QUICKSTART)
