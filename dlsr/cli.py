@@ -70,6 +70,9 @@ def _execute(source: Path, path: Path, parameters: dict, progress: bool) -> None
     notebook = nbformat.read(path, as_version=4)
     about = notebook.metadata.get("papermill", {})
     kept = {key: about.get(key) for key in ("parameters", "exception")}
+    for cell in notebook.cells:  # progress bars go to stderr
+        if "outputs" in cell:
+            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
     for holder in (notebook, *notebook.cells):
         for key in VOLATILE:
             holder.metadata.pop(key, None)

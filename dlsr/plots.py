@@ -9,6 +9,7 @@ import pandas as pd
 import seaborn as sns
 from IPython.display import HTML, display
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from sklearn.decomposition import PCA
 from sklearn.metrics import roc_curve
 
@@ -19,6 +20,11 @@ from dlsr.results import SetScores, project_folder
 
 PALETTE = sns.color_palette("colorblind")
 COLOURS = {"id": PALETTE[0], "near": PALETTE[1], "far": PALETTE[2]}
+SCORE_STYLES = {
+    "mse": {"color": PALETTE[3], "linestyle": "-"},
+    "lr": {"color": PALETTE[4], "linestyle": ":"},
+    "mfsim": {"color": PALETTE[9], "linestyle": "--"},
+}
 SCORE_NAMES = {"mse": "MSE", "lr": "LR", "mfsim": "MFsim"}
 SET_NAMES = {
     "digits/test": "digits 0-7",
@@ -132,7 +138,7 @@ def image_grid(
 ) -> Figure:
     """Images of several sets, a row each, under optional labels."""
     columns = max(len(rows) for _, rows in sets.values())
-    figure, axes = _figure(columns, rows=len(sets), height=0.55 + len(sets) * (1.05 if labels else 0.85))
+    figure, axes = _figure(columns, rows=len(sets), height=0.4 + len(sets) * (0.85 if labels else 0.62))
     for line, (name, (images, rows)) in zip(axes, sets.items(), strict=True):
         for axis in line:
             axis.set_axis_off()
@@ -175,6 +181,8 @@ def training_curve(losses: Mapping[str, Sequence[float]], *, title: str) -> Figu
     for name, values in losses.items():
         axes[0][0].plot(range(1, len(values) + 1), values, label=name)
     axes[0][0].set(xlabel="epoch", ylabel="loss, mean squared error", yscale="log")
+    axes[0][0].yaxis.set_major_formatter("{x:g}")
+    axes[0][0].yaxis.set_minor_formatter("{x:g}")
     if len(losses) > 1:
         axes[0][0].legend(frameon=False)
     return _finish(figure, title)
@@ -198,6 +206,7 @@ def score_histograms(scores: SetScores, columns: Sequence[str], *, title: str) -
             ylabel="",
         )
         axis.set_yticks([])
+        axis.xaxis.set_major_locator(MaxNLocator(4))
     handles, names = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
     return _finish(figure, title)
@@ -208,12 +217,13 @@ def roc_curves(scores: SetScores, columns: Sequence[str], *, title: str) -> Figu
     id_set, *ood_sets = scores.sets
     figure, axes = _figure(len(ood_sets), height=3.4, sharey=True)
     for axis, ood in zip(axes[0], ood_sets, strict=True):
-        for column, colour in zip(columns, PALETTE[3:], strict=False):
+        for column in columns:
             id_scores, ood_scores = scores.of(id_set, column), scores.of(ood, column)
             labels = np.repeat([1, 0], [len(id_scores), len(ood_scores)])
             accepted_ood, accepted_id, _ = roc_curve(labels, -np.concatenate([id_scores, ood_scores]))
-            name = SCORE_NAMES[scores.columns[column]["score"]]
-            axis.plot(100 * accepted_ood, 100 * accepted_id, color=colour, label=name)
+            score = scores.columns[column]["score"]
+            style = {"label": SCORE_NAMES[score], **SCORE_STYLES[score]}
+            axis.plot(100 * accepted_ood, 100 * accepted_id, **style)
         axis.axhline(95, color="0.4", ls="--", lw=1)
         axis.set(title=f"OOD: {set_name(ood)}", xlabel="OOD accepted as ID, %", aspect="equal")
     axes[0][0].set_ylabel("ID accepted, %")
@@ -258,19 +268,12 @@ def layer_bars(table: pd.DataFrame, *, title: str) -> Figure:
     figure, axes = _figure(1, height=2.8)
     axis = axes[0][0]
     scores = list(table["score"].unique())
-    for i, (score, colour) in enumerate(zip(scores, PALETTE[3:], strict=False)):
+    for i, score in enumerate(scores):
         part = table[table["score"] == score]
         x = part["layer"].astype(float) + 0.16 * (i - (len(scores) - 1) / 2)
         errors = [part["value"] - part["ci_low"], part["ci_high"] - part["value"]]
-        axis.errorbar(
-            x,
-            part["value"],
-            yerr=errors,
-            fmt="o",
-            capsize=3,
-            color=colour,
-            label=SCORE_NAMES[score],
-        )
+        style = {"color": SCORE_STYLES[score]["color"], "label": SCORE_NAMES[score]}
+        axis.errorbar(x, part["value"], yerr=errors, fmt="o", capsize=3, **style)
     axis.axhline(50, color="0.4", ls="--", lw=1)
     axis.set(xlabel="layer of the encoder (1 = nearest the pixels)", ylabel="AUROC, %")
     axis.set_xticks(sorted(table["layer"].astype(int).unique()))
