@@ -58,6 +58,18 @@ def released(network: Network, z0: torch.Tensor, *, n: int, noise: torch.Tensor)
     return x
 
 
+def released_shares(n: int) -> tuple[float, float]:
+    """How much of z0 itself, and noise of which std, `released` returns from n, whatever the network.
+
+    The rest, 1 minus the first share, is the network's answers. At n = 3: 0.41 and 0.0473.
+    """
+    with torch.inference_mode():
+        share = released(_silent_network, torch.ones(1, 1), n=n, noise=torch.zeros(1, n + 1, 1))
+        noise = torch.eye(n + 1)[:, :, None]
+        responses = released(_silent_network, torch.zeros(n + 1, 1), n=n, noise=noise)
+    return share.item(), responses.square().sum().sqrt().item()
+
+
 def paper(network: Network, z0: torch.Tensor, *, strides: Sequence[int], noise: torch.Tensor) -> torch.Tensor:
     """The equations as printed: noise to t, then DDIM back to 0 in the given strides.
 
@@ -157,6 +169,10 @@ def reconstruct(
             z = one_step(network, z, t=how.t, noise=noise)
         parts.append(z.cpu().numpy())
     return np.concatenate(parts) if parts else np.empty_like(z0)
+
+
+def _silent_network(z_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(z_t)
 
 
 def _times(z: torch.Tensor, t: int) -> torch.Tensor:
