@@ -114,9 +114,9 @@ ITEMS = {
 
 @dataclass(frozen=True)
 class Parameters:
-    """What a notebook's parameters cell holds; 0 or "" takes the profile's own value."""
+    """What every notebook's parameters cell holds; 0 or "" takes the profile's own value."""
 
-    profile: str = "pack"
+    profile: str = "demo"
     encoder: str = ""
     seeds: int = 0
     n_train: int = 0

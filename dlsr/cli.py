@@ -14,12 +14,12 @@ import papermill
 from papermill.exceptions import PapermillExecutionError
 
 from dlsr import __version__
-from dlsr.benchmarks import checked
+from dlsr.benchmarks import settings
 from dlsr.datasets import DATASETS, UserError, data_folder, load_images
 from dlsr.detector import DLSRDetector
 from dlsr.encoders import PRESETS, get_encoder
 from dlsr.features import Features, extract, replace_file
-from dlsr.results import project_folder
+from dlsr.results import project_folder, results_folder
 from dlsr.scores import SCORES
 
 VOLATILE = ("papermill", "execution", "language_info")  # metadata that changes with every run
@@ -42,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_notebook(name: str, parameters: dict, *, output: Path | None = None, progress: bool = True) -> Path:
     """Execute ``notebooks/<name>.ipynb`` by papermill, and move the copy into place if it succeeded.
 
-    Wrong parameters are refused before a kernel starts. The copy goes to ``book/notebooks``.
+    Wrong parameters are refused before a kernel starts. The copy goes to ``book/notebooks``; that of
+    a demo run to ``_build/demo``, unless the item has no other profile.
     """
     source = project_folder() / "notebooks" / f"{name}.ipynb"
     if not source.is_file():
@@ -50,12 +51,10 @@ def run_notebook(name: str, parameters: dict, *, output: Path | None = None, pro
         raise UserError(
             f"There is no notebook {name!r}; there are: {there}. Run this in the project's folder."
         )
-    output = output or project_folder() / "book" / "notebooks" / source.name
-    known = set(papermill.inspect_notebook(str(source)))
-    checked(parameters)
-    if unknown := set(parameters) - known:
-        raise UserError(f"{name} has no parameter {sorted(unknown)[0]!r}; it has {', '.join(sorted(known))}.")
-
+    run = settings(name, parameters)
+    kept_out = run.profile_name == "demo" and len(run.item.profiles) > 1
+    folder = results_folder("demo") if kept_out else project_folder() / "book" / "notebooks"
+    output = output or folder / source.name
     try:
         replace_file(output, lambda path: _execute(source, path, parameters, progress))
     except PapermillExecutionError as error:
