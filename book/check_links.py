@@ -26,7 +26,11 @@ class Page(HTMLParser):
 
 def broken_links(folder: Path) -> list[str]:
     """``page -> address`` for each internal address that leads nowhere."""
-    pages = {path.resolve(): Page(path.read_text("utf-8")) for path in folder.rglob("*.html")}
+    pages = {
+        path.resolve(): Page(path.read_text("utf-8"))
+        for path in folder.rglob("*.html")
+        if "_static" not in path.parts
+    }
     broken = []
     for path, page in pages.items():
         for link in page.links:

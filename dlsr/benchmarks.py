@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from importlib import resources
 from pathlib import Path
@@ -244,9 +245,10 @@ def score_sets(run: Settings, features: Mapping[str, Features], networks: list[T
         ways = (HEADLINE, *run.item.others)
         for name in tqdm(run.sets, desc=f"scores, seed {seed}", unit="set"):
             z0, channels = features[name].z0(run.pooling), features[name].channels
+            noise = zlib.crc32(f"{name} {seed}".encode())  # sets must not share their noise
             frame = pd.DataFrame({"set": name, "image": list(features[name].ids)})
             for way in ways:
-                for (score, layers), values in all_scores(trained, z0, channels, way, seed=seed).items():
+                for (score, layers), values in all_scores(trained, z0, channels, way, seed=noise).items():
                     if way != HEADLINE and layers.isdigit():
                         continue
                     variant = {"score": score, "layers": layers, "reconstruction": way.mode}
@@ -303,16 +305,25 @@ def compare(run: Settings, rows: pd.DataFrame) -> pd.DataFrame:
     Columns ``score``, ``metric``, ``paper``, ``measured``, ``ci_low``, ``ci_high``, ``difference``;
     in the demo, which has other images, ``paper`` is NaN.
     """
-    entries = []
-    for metric in ("auroc", "fpr95"):
-        for score, layers in HEADLINE_SCORES.items():
-            row = select(rows, score=score, layers=layers, metric=metric)
-            quoted = run.item.table and run.profile_name != "demo"
-            paper = paper_value(run.item.table, PAPER_ROWS[score], metric.upper()) if quoted else np.nan
-            measured = {"measured": row["value"], "ci_low": row["ci_low"], "ci_high": row["ci_high"]}
-            entries.append({"score": score, "metric": metric, "paper": paper} | measured)
-    table = pd.DataFrame(entries)
+    table = headline(rows, ood=run.profile.ood[0]).rename(columns={"value": "measured"})
+    quoted = run.item.table and run.profile_name != "demo"
+    table["paper"] = [
+        paper_value(run.item.table, PAPER_ROWS[score], metric.upper()) if quoted else np.nan
+        for score, metric in zip(table["score"], table["metric"], strict=True)
+    ]
     return table.assign(difference=table["measured"] - table["paper"])
+
+
+def headline(rows: pd.DataFrame, *, ood: str, metrics: Sequence[str] = ("auroc", "fpr95")) -> pd.DataFrame:
+    """``score``, ``metric``, ``value``, ``ci_low``, ``ci_high`` of the three scores on one OOD set."""
+    chosen = [
+        select(rows, ood=ood, score=score, layers=layers, metric=metric)
+        for metric in metrics
+        for score, layers in HEADLINE_SCORES.items()
+    ]
+    return pd.DataFrame(chosen, columns=["score", "metric", "value", "ci_low", "ci_high"]).reset_index(
+        drop=True
+    )
 
 
 def read_results(run: Settings) -> pd.DataFrame:

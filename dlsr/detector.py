@@ -18,7 +18,7 @@ from dlsr.datasets import UserError
 from dlsr.diffusion import Reconstruction, reconstruct
 from dlsr.features import replace_file
 from dlsr.lfdn import LFDN
-from dlsr.scores import check_choice, lr, mfsim, mse
+from dlsr.scores import FIRST_EPOCH_NOISE, check_choice, lr, mfsim, mse
 from dlsr.training import Trained, TrainingSettings, pick_device, train
 
 THRESHOLD_QUANTILE = 0.95
@@ -118,7 +118,7 @@ class DLSRDetector(OutlierMixin, BaseEstimator):
             return mfsim(z, last, self.channels_, layers=self.layers)
         if self.score == "mse":
             return mse(z, last)
-        first = reconstruct(self.trained_.first_epoch, z, self._how(), seed=self.seed + 1_000_003)
+        first = reconstruct(self.trained_.first_epoch, z, self._how(), seed=self.seed + FIRST_EPOCH_NOISE)
         return lr(z, first, last)
 
     def score_samples(self, z: np.ndarray) -> np.ndarray:
@@ -163,16 +163,8 @@ class DLSRDetector(OutlierMixin, BaseEstimator):
             },
             "about": about or {},
         }
-        try:
-            replace_file(folder / "network.safetensors", lambda path: path.write_bytes(blob))
-            replace_file(
-                folder / "detector.json",
-                lambda path: path.write_text(json.dumps(content, indent=1)),
-            )
-        except OSError as error:
-            raise UserError(
-                f"The detector could not be written to {folder} ({error}); free some space."
-            ) from error
+        replace_file(folder / "network.safetensors", lambda path: path.write_bytes(blob))
+        replace_file(folder / "detector.json", lambda path: path.write_text(json.dumps(content, indent=1)))
 
     @classmethod
     def load(cls, folder: str | Path, *, device: str | None = None) -> "DLSRDetector":

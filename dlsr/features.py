@@ -8,12 +8,13 @@ import shutil
 import sys
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from tqdm import tqdm
@@ -146,13 +147,7 @@ def extract(
     if not (key.folder() / "features.json").is_file():
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         batch_size = batch_size or (256 if device == "cuda" else 32)
-        try:
-            _extract_to(key, images, encoder, batch_size, device, on_error, progress)
-        except OSError as error:
-            raise UserError(
-                f"The features of {images.name} could not be written to {key.folder()} ({error}). Free "
-                "some space, or set DLSR_CACHE to another disk; what is written stays and is resumed."
-            ) from error
+        _extract_to(key, images, encoder, batch_size, device, on_error, progress)
     features = load(key, images)
     if on_error == "raise" and len(features) < len(images):
         missing = images.ids[int(np.setdiff1d(np.arange(len(images)), features.rows)[0])]
@@ -189,13 +184,21 @@ def load(key: Key, images: ImageSet) -> Features:
     )
 
 
-def replace_file(path: Path, write) -> None:
-    """Let ``write(temporary)`` fill a file beside ``path`` and move it into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write(temporary)`` fill a file beside ``path`` and move it into place.
+
+    Where that fails, what stood there before is untouched.
+    """
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path} could not be written ({error}). Free some space on that disk or choose another "
+            "folder (DLSR_CACHE for features and networks); all that was finished before is kept."
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -312,13 +315,11 @@ def _join(key: Key, parts: list[Path], channels, images_per_second: float, devic
 
     def write_values(path: Path) -> None:
         shape = (len(rows), len(POOLINGS), sum(channels))
-        values = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-        at = 0
-        for part in parts:
-            block = np.load(part)["values"]
-            values[at : at + len(block)] = block
-            at += len(block)
-        values.flush()
+        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+        with path.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for part in parts:
+                file.write(np.load(part)["values"].astype("<f4").tobytes())
 
     def write_rows(path: Path) -> None:
         with path.open("wb") as file:

@@ -37,7 +37,7 @@ class ResidualBlock(nn.Module):
 
 
 class LFDN(nn.Module):
-    """Predicts z0 from z_t (paper section 3.3; released code ``diffusionmodules/latent.py``).
+    """Predicts z0 from z_t (the paper's LFDN; released code ``diffusionmodules/latent.py``).
 
     ``features`` is c, the length of z0. The paper's size, width 1440 and 16 blocks, has 86.74
     million parameters at c = 720. GroupNorm with one group is LayerNorm on vectors.

@@ -9,11 +9,11 @@ import pandas as pd
 import seaborn as sns
 from IPython.display import HTML, display
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from sklearn.decomposition import PCA
 from sklearn.metrics import roc_curve
 
-from dlsr.benchmarks import HEADLINE_SCORES, select
+from dlsr.benchmarks import headline
 from dlsr.datasets import DATASETS, ImageSet
 from dlsr.features import Features, layer_slices, replace_file
 from dlsr.results import SetScores, project_folder
@@ -57,7 +57,7 @@ def set_name(key: str) -> str:
 
 def show_table(table: pd.DataFrame) -> HTML:
     """A table without its index, as the book's pages style it; numbers with one decimal."""
-    options = {"index": False, "border": 0, "classes": "table", "na_rep": "–"}
+    options = {"index": False, "border": 0, "classes": "table", "na_rep": "–", "justify": "left"}
     return HTML(table.to_html(float_format="{:.1f}".format, **options))
 
 
@@ -70,13 +70,28 @@ def intervals_table(rows: pd.DataFrame) -> pd.DataFrame:
     """AUROC and FPR95 of the headline scores on every OOD set, with intervals."""
     entries = []
     for ood in rows["ood"].unique():
-        for score, layers in HEADLINE_SCORES.items():
-            entry = {"OOD": set_name(ood), "score": SCORE_NAMES[score]}
-            for metric in ("auroc", "fpr95"):
-                row = select(rows, ood=ood, score=score, layers=layers, metric=metric)
-                entry[f"{metric.upper()}, %"] = with_interval(row["value"], row["ci_low"], row["ci_high"])
-            entries.append(entry)
+        for score, part in headline(rows, ood=ood).groupby("score", sort=False):
+            cells = {
+                f"{r.metric.upper()}, %": with_interval(r.value, r.ci_low, r.ci_high)
+                for r in part.itertuples()
+            }
+            entries.append({"OOD": set_name(ood), "score": SCORE_NAMES[score]} | cells)
     return pd.DataFrame(entries)
+
+
+def comparison_table(comparison: pd.DataFrame) -> pd.DataFrame:
+    """What `benchmarks.compare` returns, as a reader sees it."""
+    return pd.DataFrame(
+        {
+            "score": comparison["score"].map(SCORE_NAMES),
+            "metric": comparison["metric"].str.upper(),
+            "paper (quoted)": comparison["paper"],
+            "measured [95 % interval]": [
+                with_interval(r.measured, r.ci_low, r.ci_high) for r in comparison.itertuples()
+            ],
+            "difference": comparison["difference"].map("{:+.1f}".format, na_action="ignore"),
+        }
+    )
 
 
 def settings_table(rows: pd.DataFrame) -> pd.DataFrame:
@@ -181,8 +196,9 @@ def training_curve(losses: Mapping[str, Sequence[float]], *, title: str) -> Figu
     for name, values in losses.items():
         axes[0][0].plot(range(1, len(values) + 1), values, label=name)
     axes[0][0].set(xlabel="epoch", ylabel="loss, mean squared error", yscale="log")
+    axes[0][0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes[0][0].yaxis.set_major_formatter("{x:g}")
-    axes[0][0].yaxis.set_minor_formatter("{x:g}")
+    axes[0][0].yaxis.set_minor_formatter(NullFormatter())
     if len(losses) > 1:
         axes[0][0].legend(frameon=False)
     return _finish(figure, title)
@@ -231,32 +247,19 @@ def roc_curves(scores: SetScores, columns: Sequence[str], *, title: str) -> Figu
     return _finish(figure, title)
 
 
-def paper_and_measured(table: pd.DataFrame, *, metric: str, title: str) -> Figure:
-    """Measured values with their intervals beside the paper's.
-
-    ``table`` has columns ``row``, ``measured``, ``ci_low``, ``ci_high``, ``paper`` (NaN: none) and
-    ``group``.
-    """
-    figure, axes = _figure(1, height=0.9 + 0.36 * len(table))
-    axis, y = axes[0][0], np.arange(len(table))[::-1]
-    colours = dict(zip(table["group"].unique(), PALETTE, strict=False))
-    for group, colour in colours.items():
-        chosen = (table["group"] == group).to_numpy()
-        part = table[chosen]
-        errors = [part["measured"] - part["ci_low"], part["ci_high"] - part["measured"]]
-        axis.errorbar(part["measured"], y[chosen], xerr=errors, fmt="o", color=colour, capsize=3, label=group)
-    axis.scatter(
-        table["paper"],
-        y,
-        marker="D",
-        facecolors="none",
-        edgecolors="0.2",
-        zorder=3,
-        label="paper (quoted)",
-    )
-    axis.set(yticks=y, yticklabels=table["row"], xlabel=metric)
-    axis.set_ylim(-0.6, len(table) - 0.4)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+def paper_and_measured(comparison: pd.DataFrame, *, title: str) -> Figure:
+    """Measured values with their intervals beside the paper's; see `benchmarks.compare`."""
+    figure, axes = _figure(1, height=0.9 + 0.36 * len(comparison))
+    axis, y = axes[0][0], np.arange(len(comparison))[::-1]
+    value = comparison["measured"]
+    errors = [value - comparison["ci_low"], comparison["ci_high"] - value]
+    axis.errorbar(value, y, xerr=errors, fmt="o", color=PALETTE[0], capsize=3, label="measured here")
+    paper = {"facecolors": "none", "edgecolors": "0.2", "label": "paper (quoted)"}
+    axis.scatter(comparison["paper"], y, marker="D", zorder=3, **paper)
+    names = comparison["score"].map(SCORE_NAMES) + ", " + comparison["metric"].str.upper()
+    axis.set(yticks=y, yticklabels=names, xlabel="%")
+    axis.set_ylim(-0.6, len(comparison) - 0.4)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     return _finish(figure, title)
 
 

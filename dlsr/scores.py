@@ -9,6 +9,7 @@ from dlsr.diffusion import Reconstruction, reconstruct
 from dlsr.features import layer_slices
 from dlsr.training import Trained
 
+FIRST_EPOCH_NOISE = 1_000_003  # added to the seed: LR's two networks have separate draws
 SCORES = ("mse", "lr", "mfsim")
 LAYER_CHOICES = {"2..M": slice(1, None), "all": slice(None)}  # as released; as printed
 
@@ -58,7 +59,7 @@ def all_scores(
     LR's two networks reconstruct with separate noise draws, as in the released code.
     """
     last = reconstruct(trained.network, z0, how, seed=seed)
-    first = reconstruct(trained.first_epoch, z0, how, seed=seed + 1_000_003)
+    first = reconstruct(trained.first_epoch, z0, how, seed=seed + FIRST_EPOCH_NOISE)
     cosines, errors = mfsim_by_layer(z0, last, channels), mse_by_layer(z0, last, channels)
     scores = {("mse", "all"): mse(z0, last), ("lr", "all"): lr(z0, first, last)}
     for layers, chosen in LAYER_CHOICES.items():

@@ -199,13 +199,7 @@ class _Run:
             "updates": self.updates,
             "losses": self.losses,
         }
-        try:
-            replace_file(file, lambda path: save_file(tensors, path, {"dlsr": json.dumps(about)}))
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"The checkpoint {file} could not be written ({error}). Free some space, or set "
-                "DLSR_CACHE to another disk; the checkpoint written before is untouched."
-            ) from error
+        replace_file(file, lambda path: save_file(tensors, path, {"dlsr": json.dumps(about)}))
 
     def restore(self, file: Path) -> None:
         about, tensors = read_checkpoint(file)

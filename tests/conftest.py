@@ -41,6 +41,7 @@ def own_place(request, tmp_path, monkeypatch):
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
+    torch.manual_seed(0)
 
     def refuse(self, address):
         raise OSError(f"a test reached for the network: {address}")

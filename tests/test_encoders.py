@@ -106,14 +106,14 @@ def test_with_the_hub_its_file_is_loaded(monkeypatch, tmp_path):
     assert torch.equal(loaded, model.state_dict()["layer1.0.conv1.weight"])
 
 
-@pytest.mark.parametrize("share", [0.0, 0.0001, 0.01, 0.5, 0.999])
+@pytest.mark.parametrize("left", [0, 1, 1000, -10])
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_a_weights_file_cut_short_is_refused(suffix, share, tmp_path):
+def test_a_weights_file_cut_short_is_refused(suffix, left, tmp_path):
     file = tmp_path / f"weights{suffix}"
     model = timm.create_model(TINY, pretrained=False)
     save = save_file if suffix == ".safetensors" else torch.save
     save({name: value.contiguous() for name, value in model.state_dict().items()}, file)
-    file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
+    file.write_bytes(file.read_bytes()[:left])
     with pytest.raises(UserError, match=f"weights{suffix}") as error:
         get_encoder(TINY, weights=file).build()
     one_sentence(error)

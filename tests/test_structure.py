@@ -1,0 +1,155 @@
+"""What holds the parts of the project together: imports, packages, addresses, notebooks."""
+
+import ast
+import re
+import subprocess
+import tomllib
+from dataclasses import fields
+
+import nbformat
+import pytest
+import yaml
+from conftest import ROOT
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from dlsr.benchmarks import ITEMS, Parameters
+
+ORDER = [
+    "datasets", "encoders", "features", "lfdn", "diffusion", "training", "scores", "metrics", "detector",
+    "baselines", "results", "benchmarks", "plots", "cli",
+]  # fmt: skip
+MODULES = sorted((ROOT / "dlsr").glob("*.py"))
+SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))
+COPIES = sorted((ROOT / "book" / "notebooks").glob("*.ipynb"))
+
+
+def files(paths, folder):
+    """Parameters of a test: the files, or one that skips."""
+    missing = pytest.param(None, marks=pytest.mark.skip(reason=f"there are no notebooks in {folder} yet"))
+    return [pytest.param(path, id=path.stem) for path in paths] or [missing]
+
+
+# Modules
+
+
+def own_imports(tree):
+    """The files of the package that a file imports."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == "dlsr"):
+            name = (node.module or "").removeprefix("dlsr").strip(".")
+            yield from [name.split(".")[0]] if name else [alias.name for alias in node.names]
+        elif isinstance(node, ast.Import):
+            yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("dlsr."))
+
+
+@pytest.mark.parametrize("file", files([m for m in MODULES if m.stem != "__init__"], "dlsr"))
+def test_a_file_imports_only_earlier_ones(file):
+    assert file.stem in ORDER
+    for name in own_imports(ast.parse(file.read_text("utf-8"))):
+        if name != "__version__":
+            assert ORDER.index(name) < ORDER.index(file.stem), f"{file.stem} imports {name}"
+
+
+def test_the_package_itself_imports_none_of_its_files():
+    assert not list(own_imports(ast.parse((ROOT / "dlsr" / "__init__.py").read_text("utf-8"))))
+
+
+# Packages and addresses
+
+
+def project():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+
+
+def bounds(requirements):
+    parsed = [Requirement(text) for text in requirements]
+    return {canonicalize_name(r.name): str(r.specifier) for r in parsed}
+
+
+def test_both_lists_of_packages_are_the_same():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text("utf-8"))["dependencies"]
+    plain = [entry for entry in environment if isinstance(entry, str)]
+    (by_pip,) = (entry["pip"] for entry in environment if isinstance(entry, dict))
+    by_pip = [entry for entry in by_pip if not entry.startswith(("-", "."))]
+    assert bounds(by_pip) == bounds(project()["dependencies"])
+    assert {Requirement(entry).name for entry in plain} == {"python", "pip"}
+    assert bounds(plain)["python"] == project()["requires-python"]
+
+
+def tracked_texts():
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    for name in filter(None, listed.stdout.split("\0")):
+        try:
+            yield name, (ROOT / name).read_text("utf-8")
+        except (UnicodeDecodeError, OSError):
+            continue
+
+
+def test_all_files_name_the_same_repository():
+    texts = dict(tracked_texts())
+    if not texts:
+        pytest.skip("this is no git checkout")
+    address = project()["urls"]["Repository"]
+    assert re.fullmatch(r"https://github\.com/[\w-]+/dlsr", address)
+    found = {
+        (name, match)
+        for name, text in texts.items()
+        for match in re.findall(r"https://github\.com/[\w-]+/dlsr\b", text)
+    }
+    assert found
+    assert [pair for pair in sorted(found) if pair[1] != address] == []
+
+
+# Notebooks
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
+
+
+def tags(cell):
+    return cell.metadata.get("tags", [])
+
+
+def code(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+@pytest.mark.parametrize("source", files(SOURCES, "notebooks"))
+def test_a_source_holds_no_outputs(source):
+    notebook = read(source)
+    assert code(notebook)
+    assert not any(cell.outputs or cell.execution_count for cell in code(notebook))
+    assert notebook.metadata.kernelspec["name"] == "python3"
+    assert source.stem in ITEMS
+
+
+@pytest.mark.parametrize("source", files(SOURCES, "notebooks"))
+def test_a_sources_parameters_are_the_packages(source):
+    (cell,) = (cell for cell in read(source).cells if "parameters" in tags(cell))
+    given = {}
+    for node in ast.parse(cell.source).body:
+        assert isinstance(node, ast.Assign | ast.AnnAssign)
+        target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+        given[target.id] = type(ast.literal_eval(node.value))
+    assert given == {field.name: type(field.default) for field in fields(Parameters)}
+
+
+@pytest.mark.parametrize("source", files(SOURCES, "notebooks"))
+def test_a_sources_code_fits_the_page(source):
+    long = [line for cell in code(read(source)) for line in cell.source.splitlines() if len(line) > 79]
+    assert long == []
+
+
+@pytest.mark.parametrize("copy", files(COPIES, "book/notebooks"))
+def test_a_copy_is_its_source_executed_without_error(copy):
+    notebook = read(copy)
+    source = ROOT / "notebooks" / copy.name
+    assert source.is_file()
+    kept = [cell.source for cell in notebook.cells if "injected-parameters" not in tags(cell)]
+    assert kept == [cell.source for cell in read(source).cells]
+    outputs = [output for cell in code(notebook) for output in cell.outputs]
+    assert outputs
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert notebook.metadata.papermill["exception"] is None
