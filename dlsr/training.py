@@ -91,7 +91,7 @@ def train(
     settings: TrainingSettings | None = None,
     *,
     checkpoint: Path | None = None,
-    checkpoint_every: int = 1,
+    checkpoint_every: int = 5,
     device: str | None = None,
     progress: bool = True,
 ) -> Trained:
