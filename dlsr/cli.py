@@ -119,6 +119,11 @@ def _fit(options: argparse.Namespace) -> int:
 
 def _score(options: argparse.Namespace) -> int:
     detector = DLSRDetector.load(options.detector)
+    if detector.threshold_ is None or not {"encoder", "weights_sha256"} <= set(detector.about_):
+        raise UserError(
+            f"The detector in {options.detector} has no threshold, or does not say which encoder it needs; "
+            "fit one with `dlsr fit`, or score from Python."
+        )
     options.encoder = detector.about_["encoder"]
     features = _features(options.images, options)
     if features.key.weights_sha256 != detector.about_["weights_sha256"]:

@@ -27,7 +27,13 @@ PACK = "data pack"
 
 
 class UserError(ValueError):
-    """A mistake the user can mend; its text says what was given, what is needed, what to do."""
+    """A mistake the user can mend; its text says what was given, what is needed, what to do.
+
+    On one line, also where it quotes a library's error of many.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(" ".join(text.split()))
 
 
 def cache_folder() -> Path:
@@ -114,23 +120,31 @@ class ImageSet:
         """Hash of the image list: of every image's content, in order."""
         digest = hashlib.sha256()
         for i in range(len(self)):
-            content = self.read(i)
+            content = self._content(i)
             raw = content.tobytes() if isinstance(content, np.ndarray) else content
             digest.update(hashlib.sha256(raw).digest())
         return digest.hexdigest()
 
     def image(self, i: int) -> Image.Image:
         """Image i as RGB; an unreadable one raises `UserError` with its name."""
-        content = self.read(i)
+        content = self._content(i)
         try:
             if isinstance(content, np.ndarray):
                 return to_rgb(Image.fromarray(content))
             with Image.open(io.BytesIO(content)) as image:
                 return to_rgb(image)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except Exception as error:  # on damaged files, decoders raise almost anything
             raise UserError(
                 f"Image {self.ids[i]!r} of {self.name} cannot be read ({error}). Mend or remove it, "
                 "or pass on_error='skip' (--skip-unreadable) to leave such images out."
+            ) from error
+
+    def _content(self, i: int) -> bytes | np.ndarray:
+        try:
+            return self.read(i)
+        except OSError as error:
+            raise UserError(
+                f"Image {self.ids[i]!r} of {self.name} is gone or unreadable ({error})."
             ) from error
 
     def subset(self, n: int, *, seed: int = 0) -> "ImageSet":
@@ -157,7 +171,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow mode as 8-bit RGB: 16-bit grey is scaled, transparency is laid on white."""
     if image.mode.startswith("I") or image.mode == "F":
         pixels = np.asarray(image, dtype=np.float64)
-        top = 1.0 if image.mode == "F" and pixels.max() <= 1 else 255.0 if pixels.max() < 256 else 65535.0
+        top = 65535.0 if image.mode != "F" else 255.0 if pixels.max() > 1 else 1.0
         image = Image.fromarray((np.clip(pixels / top, 0, 1) * 255).round().astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -222,10 +236,13 @@ def from_parquet(file: Path, *, name: str, size: tuple[int, int] | None = None) 
     """A pack: columns ``image`` (struct of ``bytes`` and ``path``) and ``label``."""
     try:
         table = pq.read_table(file, columns=["image", "label"])
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} is not a readable pack of images ({error}).") from error
-    column = table["image"].combine_chunks()
-    content, paths = column.field("bytes"), column.field("path")
+        column = table["image"].combine_chunks()
+        content, paths = column.field("bytes"), column.field("path")
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{file} is not a readable pack of images ({error}); it needs the columns image, a struct of "
+            "bytes and path, and label."
+        ) from error
     return ImageSet(name, paths.to_pylist(), table["label"].to_pylist(), lambda i: content[i].as_py(), size)
 
 

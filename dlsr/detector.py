@@ -19,7 +19,7 @@ from dlsr.diffusion import Reconstruction, reconstruct
 from dlsr.features import replace_file
 from dlsr.lfdn import LFDN
 from dlsr.scores import FIRST_EPOCH_NOISE, check_choice, lr, mfsim, mse
-from dlsr.training import Trained, TrainingSettings, pick_device, train
+from dlsr.training import Trained, TrainingSettings, as_json, pick_device, train
 
 THRESHOLD_QUANTILE = 0.95
 FORMAT = 1
@@ -164,7 +164,7 @@ class DLSRDetector(OutlierMixin, BaseEstimator):
             "about": about or {},
         }
         replace_file(folder / "network.safetensors", lambda path: path.write_bytes(blob))
-        replace_file(folder / "detector.json", lambda path: path.write_text(json.dumps(content, indent=1)))
+        replace_file(folder / "detector.json", lambda path: path.write_text(as_json(content)))
 
     @classmethod
     def load(cls, folder: str | Path, *, device: str | None = None) -> "DLSRDetector":

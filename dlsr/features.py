@@ -9,6 +9,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -200,7 +201,8 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
             "folder (DLSR_CACHE for features and networks); all that was finished before is kept."
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def keep_freed_memory() -> None:
@@ -276,10 +278,13 @@ def _extract_to(key, images, encoder, batch_size, device, on_error, progress) ->
 
 
 def _run(model, pixels, rows, batch_size, device, bar) -> tuple[np.ndarray, np.ndarray]:
+    # On a CPU the encoder needs all cores; other ways to start a process cannot take the images along.
+    parallel = device == "cuda" and "fork" in torch.multiprocessing.get_all_start_methods()
     loader = DataLoader(
         torch.utils.data.Subset(pixels, rows),
         batch_size=batch_size,
-        num_workers=min(16, os.cpu_count() or 1) if device == "cuda" else 0,
+        num_workers=min(16, os.cpu_count() or 1) if parallel else 0,
+        multiprocessing_context="fork" if parallel else None,
         collate_fn=lambda batch: batch,
     )
     kept, values = [], []

@@ -104,8 +104,10 @@ def settings_table(rows: pd.DataFrame) -> pd.DataFrame:
         column=chosen["score"].map(SCORE_NAMES) + chosen["layers"].map({"all": "", "2..M": " 2..M"}),
         cell=[with_interval(r.value, r.ci_low, r.ci_high) for r in chosen.itertuples()],
     )
-    settings = ["encoder", "pooling", "LFDN", "epochs", "how", "K"]
+    rarely = ["ood", "protocol", "n_train"]  # shown where they differ
+    settings = [*rarely, "encoder", "pooling", "LFDN", "epochs", "how", "K"]
     table = chosen.pivot(index=settings, columns="column", values="cell").reset_index()
+    table = table.drop(columns=[name for name in rarely if table[name].nunique() == 1])
     table = table.rename(columns={"how": "reconstruction", "MFsim": "MFsim, all layers"})
     return table.rename_axis(columns=None)
 

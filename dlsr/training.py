@@ -81,7 +81,7 @@ def diffusion_loss(
 
 def checkpoint_file(z0: np.ndarray, settings: TrainingSettings) -> Path:
     """Where the cache keeps the network of these features and settings: none is trained twice."""
-    digest = hashlib.sha256(json.dumps(asdict(settings)).encode())
+    digest = hashlib.sha256(as_json(asdict(settings)).encode())
     digest.update(_sha256(z0).encode())
     return cache_folder() / "networks" / f"{digest.hexdigest()[:20]}.safetensors"
 
@@ -199,7 +199,7 @@ class _Run:
             "updates": self.updates,
             "losses": self.losses,
         }
-        replace_file(file, lambda path: save_file(tensors, path, {"dlsr": json.dumps(about)}))
+        replace_file(file, lambda path: save_file(tensors, path, {"dlsr": as_json(about)}))
 
     def restore(self, file: Path) -> None:
         about, tensors = read_checkpoint(file)
@@ -214,7 +214,13 @@ class _Run:
             if weights:
                 getattr(self, name).load_state_dict(weights)
         if "draws" in tensors:
-            self.draws.set_state(tensors["draws"])
+            try:
+                self.draws.set_state(tensors["draws"])
+            except RuntimeError as error:
+                raise UserError(
+                    f"The checkpoint {file} was begun on another device than {self.device}; go on there, "
+                    "or delete it to train from the start."
+                ) from error
             state: dict[int, dict[str, torch.Tensor]] = {}
             for key, value in tensors.items():
                 if key.startswith("optimizer."):
@@ -227,6 +233,11 @@ class _Run:
         for name in names:
             for key, value in getattr(self, name).state_dict().items():
                 yield f"{name}.{key}", value
+
+
+def as_json(content: dict) -> str:
+    """JSON, with numpy's numbers as numbers."""
+    return json.dumps(content, indent=1, default=lambda number: number.item())
 
 
 def read_checkpoint(file: Path) -> tuple[dict, dict[str, torch.Tensor]]:

@@ -29,7 +29,7 @@ def pytest_configure(config):
 
 @pytest.fixture(autouse=True)
 def own_place(request, tmp_path, monkeypatch):
-    """A fresh cache and working folder, and no data, weights or network that a test did not ask for."""
+    """A fresh cache and working folder; no data, weights, network or GPU that a test did not ask for."""
     marker = request.node.get_closest_marker("real_data")
     wanted = marker.args if marker else ()
     for variable in wanted:
@@ -42,6 +42,7 @@ def own_place(request, tmp_path, monkeypatch):
     here.mkdir()
     monkeypatch.chdir(here)
     torch.manual_seed(0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
     def refuse(self, address):
         raise OSError(f"a test reached for the network: {address}")

@@ -15,8 +15,11 @@ from dlsr.benchmarks import (
     checked,
     compare,
     extract_sets,
+    headline,
+    headline_columns,
     measure,
     paper_value,
+    read_results,
     results_file,
     run_name,
     score_sets,
@@ -165,7 +168,7 @@ def whole_run(**parameters):
 
 
 def test_a_run_from_images_to_results(fake, tmp_path, monkeypatch):
-    run, features, scores, rows = whole_run(seeds=2)
+    run, features, _, rows = whole_run(seeds=2)
     here = tmp_path / "here"
     assert list(features) == ["digits/train", "digits/test", "digits_8_9/test"]
     assert [len(part) for part in features.values()] == [150, 722, 354]
@@ -199,6 +202,8 @@ def test_a_run_from_images_to_results(fake, tmp_path, monkeypatch):
     assert comparison["measured"][0] == select(rows, score="mse", layers="all", metric="auroc")["value"]
     with pytest.raises(UserError, match="exactly one"):
         select(rows, score="mse")
+    pd.testing.assert_frame_equal(read_results(run), table)
+    assert set(headline_columns()) <= set(read.columns)
 
     # Once more: nothing is extracted or trained, and the rows are replaced
     images, content = fake.images, table.drop(columns="images_per_second")
@@ -209,6 +214,28 @@ def test_a_run_from_images_to_results(fake, tmp_path, monkeypatch):
     pd.testing.assert_frame_equal(again, content)
 
 
+def test_sets_do_not_share_their_noise(fake, monkeypatch):
+    """Images in the same place of two sets would else be scored with the same noise."""
+    seeds = []
+    whole = module.all_scores
+    monkeypatch.setattr(module, "all_scores", lambda *a, seed: (seeds.append(seed), whole(*a, seed=seed))[1])
+    whole_run(seeds=2)
+    assert len(set(seeds)) == 2 * 2  # sets and networks; all ways of reconstruction share theirs
+
+
+def test_headline_rows_and_columns():
+    assert headline_columns() == [
+        "mse/all/released/t3/k1", "lr/all/released/t3/k1", "mfsim/2..M/released/t3/k1",
+    ]  # fmt: skip
+    rows = mean_rows().assign(value=range(6))
+    table = headline(rows, ood="cifar100/test", metrics=["fpr95"])
+    assert list(zip(table["score"], table["metric"], table["value"], strict=True)) == [
+        ("mse", "fpr95", 3), ("lr", "fpr95", 4), ("mfsim", "fpr95", 5),
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="0 rows"):
+        headline(rows, ood="svhn/test")
+
+
 def test_runs_of_other_settings_stand_side_by_side(fake):
     run, *_, rows = whole_run()
     whole_run(epochs=1)
@@ -217,19 +244,21 @@ def test_runs_of_other_settings_stand_side_by_side(fake):
     assert set(table["epochs"]) == {1, 2}
 
 
-def test_the_paper_stands_beside_what_was_measured():
-    run = settings(NEAR, {"profile": "paper"})
-    rows = pd.DataFrame(
+def mean_rows():
+    """The headline scores' rows on CIFAR-100, all with the same value."""
+    how = {"reconstruction": "released", "t": 3, "noise_draws": 1, "seed": "mean", "versus": ""}
+    value = {"ood": "cifar100/test", "value": 80.0, "ci_low": 79.0, "ci_high": 81.0}
+    return pd.DataFrame(
         [
-            {
-                "score": score, "layers": layers, "metric": metric, "seed": "mean", "versus": "",
-                "reconstruction": "released", "t": 3, "noise_draws": 1,
-                "value": 80.0, "ci_low": 79.0, "ci_high": 81.0,
-            }
+            {"score": score, "layers": layers, "metric": metric, **how, **value}
             for metric in ("auroc", "fpr95")
             for score, layers in HEADLINE_SCORES.items()
         ]
-    )  # fmt: skip
-    table = compare(run, rows)
+    )
+
+
+def test_the_paper_stands_beside_what_was_measured():
+    table = compare(settings(NEAR, {"profile": "paper"}), mean_rows())
+    assert table["score"].tolist() == ["mse", "lr", "mfsim"] * 2
     assert table["paper"].tolist() == [87.54, 87.24, 85.60, 48.87, 49.48, 53.70]
     np.testing.assert_allclose(table["difference"], 80 - table["paper"])

@@ -17,6 +17,7 @@ from dlsr.diffusion import (
     random_strides,
     reconstruct,
     released,
+    released_shares,
 )
 
 SILENT = Rule(lambda z, t: torch.zeros_like(z))
@@ -128,6 +129,16 @@ def test_the_noise_left_at_n_3():
     unit = torch.eye(4)[:, :, None]
     responses = released(SILENT, torch.zeros(4, 1), n=3, noise=unit)
     assert responses.square().sum().sqrt().item() == pytest.approx(0.0473, abs=5e-5)
+
+
+@pytest.mark.parametrize(("n", "share"), LEAKS.items())
+def test_released_shares_are_the_reconstructions(n, share):
+    """Against what comes out of many images whose network is silent."""
+    leak, std = released_shares(n)
+    assert leak == pytest.approx(share, abs=6e-4)
+    seen = released(SILENT, torch.full((4000, 1), 2.0), n=n, noise=draws(4000, n + 1, 1))
+    assert seen.mean().item() == pytest.approx(2 * leak, abs=0.1 * std)
+    assert seen.std().item() == pytest.approx(std, rel=0.05)
 
 
 def test_the_shares_at_n_3():
@@ -286,6 +297,13 @@ def test_the_noise_is_standard_normal_and_another_for_each_image():
     assert noise.mean() == pytest.approx(0, abs=0.05)
     assert noise.std() == pytest.approx(1, abs=0.03)
     assert len(np.unique(noise[:, 0])) == 400
+
+
+@pytest.mark.parametrize("mode", ["released", "paper", "one_step"])
+def test_a_seed_may_be_large(mode):
+    """As the sum of a 32-bit hash and an offset is."""
+    z0 = np.ones((2, 16), np.float32)
+    assert np.isfinite(reconstruct(SILENT, z0, Reconstruction(mode), seed=2**32 + 5)).all()
 
 
 def test_the_default_is_the_released_way_at_3():

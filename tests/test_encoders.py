@@ -121,11 +121,18 @@ def test_a_weights_file_cut_short_is_refused(suffix, left, tmp_path):
 
 def test_a_file_of_something_else_is_refused(tmp_path):
     model = timm.create_model(TINY, pretrained=False)
-    for content in (model, {"state_dict": model.state_dict()}, [1, 2]):
+    for content in (model, [1, 2]):
         torch.save(content, tmp_path / "weights.pth")
         with pytest.raises(UserError, match=r"weights\.pth") as error:
             get_encoder(TINY, weights=tmp_path / "weights.pth").build()
         one_sentence(error)
+
+
+def test_weights_in_a_checkpoint_are_found(tmp_path):
+    model = timm.create_model(TINY, pretrained=False)
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "weights.pth")
+    built = get_encoder(TINY, weights=tmp_path / "weights.pth").build().model
+    assert torch.equal(built.conv1.weight, model.conv1.weight)
 
 
 def test_weights_of_another_model_are_refused(tmp_path):

@@ -239,8 +239,9 @@ def test_replace_file_leaves_the_old_file_when_writing_fails(tmp_path):
         path.write_text("half")
         disk_full()
 
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UserError, match=r"file\.txt could not be written .*No space") as error:
         replace_file(file, fail)
+    one_sentence(error)
     assert file.read_text() == "old"
     assert list(file.parent.iterdir()) == [file]
 
@@ -261,6 +262,15 @@ def test_an_unreadable_image_stops_the_run_by_name(folder, encoder):
     with pytest.raises(UserError, match=r"001\.png") as error:
         quiet(load_images(folder), encoder)
     one_sentence(error)
+
+
+def test_an_image_that_vanished_is_told_by_name(tmp_path, encoder):
+    images = load_images(write_folder(tmp_path / "photos", 3))
+    (tmp_path / "photos" / "001.png").unlink()
+    with pytest.raises(UserError, match=r"001\.png"):
+        images.image(1)
+    with pytest.raises(UserError, match=r"001\.png"):
+        quiet(images, encoder)
 
 
 def test_unreadable_images_may_be_skipped_and_are_counted(folder, encoder, capsys):

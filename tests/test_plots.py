@@ -1,3 +1,5 @@
+from functools import partial
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -5,12 +7,12 @@ import pytest
 from conftest import FakeEncoder, image_set
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from test_results import MFSIM, MSE, SETS
+from test_results import MFSIM, MSE, SETS, VARIANT, VARIANTS
 from test_results import scores as made_scores
 
-from dlsr import plots
+from dlsr import plots, results
 from dlsr.features import extract
-from dlsr.metrics import fpr95
+from dlsr.metrics import bootstrap, fpr95
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +24,15 @@ def the_look_is_put_back():
 @pytest.fixture
 def scores():
     return made_scores()
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Results of the three headline scores, one seed."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(results, "bootstrap", partial(bootstrap, draws=10))
+        variants = [VARIANT | {"score": "mse"}, VARIANT | {"score": "lr"}, VARIANTS[1]]
+        return results.summarise([made_scores(variants=variants)], id_set="id/test")
 
 
 def panels(figure):
@@ -116,31 +127,77 @@ def test_roc_curves_have_a_panel_an_ood_set_and_meet_fpr95(scores):
     assert figure.axes[0].get_ylabel() == "ID accepted, %"
 
 
-def test_measured_values_stand_beside_the_papers():
-    table = pd.DataFrame(
+def comparison():
+    """As `benchmarks.compare` gives it; the paper has no value for the last row."""
+    return pd.DataFrame(
         {
-            "row": ["MSE", "MFsim", "kNN"],
-            "measured": [86.0, 85.0, 87.0],
-            "ci_low": [85.5, 84.0, 86.5],
-            "ci_high": [86.5, 86.0, 88.0],
+            "score": ["mse", "mfsim", "lr"],
+            "metric": ["auroc", "auroc", "fpr95"],
             "paper": [87.5, 85.6, np.nan],
-            "group": ["ours", "ours", "baseline"],
+            "measured": [86.0, 85.0, 57.0],
+            "ci_low": [85.5, 84.0, 56.5],
+            "ci_high": [86.5, 86.0, 58.0],
+            "difference": [-1.5, -0.6, np.nan],
         }
     )
-    figure = plots.paper_and_measured(table, metric="AUROC, %", title="Paper")
+
+
+def test_measured_values_stand_beside_the_papers():
+    figure = plots.paper_and_measured(comparison(), title="Paper")
     check(figure, "Paper")
     (axis,) = figure.axes
     rows = dict(zip((text.get_text() for text in axis.get_yticklabels()), axis.get_yticks(), strict=True))
-    assert list(rows) == ["MSE", "MFsim", "kNN"]
-    assert rows["MSE"] > rows["kNN"]  # the first row on top
+    assert list(rows) == ["MSE, AUROC", "MFsim, AUROC", "LR, FPR95"]
+    assert rows["MSE, AUROC"] > rows["LR, FPR95"]  # the first row on top
     diamonds = next(c for c in axis.collections if c.get_label() == "paper (quoted)").get_offsets()
-    assert diamonds[0].tolist() == [87.5, rows["MSE"]]
-    points = {tuple(p) for box in axis.containers for p in box.lines[0].get_xydata().tolist()}
-    assert points == {(86.0, rows["MSE"]), (85.0, rows["MFsim"]), (87.0, rows["kNN"])}
-    bars = np.concatenate([np.array(box.lines[2][0].get_segments())[:, :, 0] for box in axis.containers])
-    np.testing.assert_allclose(bars, [[85.5, 86.5], [84, 86], [86.5, 88]])
-    assert set(legend(figure)) == {"ours", "baseline", "paper (quoted)"}
-    assert axis.get_xlabel() == "AUROC, %"
+    assert diamonds[0].tolist() == [87.5, rows["MSE, AUROC"]]
+    (points,) = axis.containers
+    assert points.lines[0].get_xydata().tolist() == [
+        [value, place] for value, place in zip([86, 85, 57], rows.values(), strict=True)
+    ]
+    bars = np.array(points.lines[2][0].get_segments())[:, :, 0]
+    np.testing.assert_allclose(bars, [[85.5, 86.5], [84, 86], [56.5, 58]])
+    assert set(legend(figure)) == {"measured here", "paper (quoted)"}
+    assert axis.get_xlabel() == "%"
+
+
+def test_the_comparison_as_a_table():
+    table = plots.comparison_table(comparison())
+    assert table.iloc[0].tolist() == ["MSE", "AUROC", 87.5, "86.0 [85.5, 86.5]", "-1.5"]
+    assert table["difference"].isna().tolist() == [False, False, True]
+
+
+def test_a_table_of_intervals_has_a_line_for_each_set_and_score(rows):
+    table = plots.intervals_table(rows)
+    assert list(table.columns) == ["OOD", "score", "AUROC, %", "FPR95, %"]
+    assert table["score"].tolist() == ["MSE", "LR", "MFsim"] * 2
+    assert table["OOD"].tolist() == ["near/test"] * 3 + ["far/test"] * 3
+    one = rows.query("ood == 'far/test' and metric == 'fpr95' and seed == 'mean' and score == 'lr'").iloc[0]
+    assert table["FPR95, %"][4] == plots.with_interval(one["value"], one["ci_low"], one["ci_high"])
+
+
+def test_a_table_of_settings_has_a_line_for_each_and_a_column_a_score(rows):
+    near = rows[rows["ood"] == "near/test"]
+    table = plots.settings_table(pd.concat([near, near.assign(width=16, value=50.0)]))
+    assert len(table) == 2
+    assert set(table["LFDN"]) == {"1x8", "1x16"}
+    assert set(table["reconstruction"]) == {"released, t = 3"}
+    assert {"MSE", "LR", "MFsim 2..M"} <= set(table.columns)
+    assert table.set_index("LFDN")["MSE"]["1x16"].startswith("50.0 [")
+
+
+@pytest.mark.parametrize("change", [{"protocol": "matched"}, {"n_train": 99}, {"ood": "far/test"}], ids=str)
+def test_a_table_of_settings_tells_all_settings_apart(change, rows):
+    """A second run of the same item in another protocol must not stop its notebook."""
+    near = rows[rows["ood"] == "near/test"]
+    assert len(plots.settings_table(pd.concat([near, near.assign(**change)]))) == 2
+
+
+def test_a_figure_is_saved_among_the_books_images(tmp_path):
+    path = plots.save(plots.training_curve({"a": [1.0, 0.5]}, title="Loss"), "loss.png")
+    assert path == tmp_path / "here" / "book" / "images" / "loss.png"
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert [p.name for p in path.parent.iterdir()] == ["loss.png"]
 
 
 def test_layer_bars_show_each_layer_of_each_score():

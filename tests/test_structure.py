@@ -3,7 +3,6 @@
 import ast
 import re
 import subprocess
-import tomllib
 from dataclasses import fields
 
 import nbformat
@@ -14,6 +13,11 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from dlsr.benchmarks import ITEMS, Parameters
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10, where pytest brings its twin
+    import tomli as tomllib
 
 ORDER = [
     "datasets", "encoders", "features", "lfdn", "diffusion", "training", "scores", "metrics", "detector",

@@ -166,7 +166,7 @@ class Killed(Exception):
     pass
 
 
-def killed_after(monkeypatch, epochs, file, **options):
+def killed_after(monkeypatch, epochs, file, *, every=1):
     """A run that dies while it is in the epoch after so many."""
     whole = _Run.epoch
 
@@ -179,7 +179,7 @@ def killed_after(monkeypatch, epochs, file, **options):
     with monkeypatch.context() as patched:
         patched.setattr(_Run, "epoch", epoch)
         with pytest.raises(Killed):
-            quiet(checkpoint=file, **options)
+            quiet(checkpoint=file, checkpoint_every=every)
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 3])
@@ -198,7 +198,7 @@ def test_a_run_cut_off_goes_on_to_the_identical_result(epochs, tmp_path, monkeyp
 
 def test_a_checkpoint_may_be_rarer_than_an_epoch(tmp_path, monkeypatch):
     file = tmp_path / "network.safetensors"
-    killed_after(monkeypatch, 3, file, checkpoint_every=2)
+    killed_after(monkeypatch, 3, file, every=2)
     assert len(read_checkpoint(file)[0]["losses"]) == 2
     assert same(quiet(checkpoint=file).network, quiet().network)
 
@@ -232,7 +232,7 @@ def test_a_checkpoint_of_another_version_is_refused(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(module, "CHECKPOINT_VERSION", 99)
         quiet(checkpoint=file)
-    with pytest.raises(UserError, match="another version .format 99"):
+    with pytest.raises(UserError, match=r"another version \(format 99"):
         quiet(checkpoint=file)
 
 
@@ -286,7 +286,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
             quiet(checkpoint=file)
     assert "DLSR_CACHE" in one_sentence(error)
     assert file.read_bytes() == content
-    assert list(tmp_path.glob("*.safetensors")) == list(tmp_path.glob(".*safetensors")) + [file]
+    assert list(tmp_path.glob("*safetensors")) == [file]
     assert same(quiet(checkpoint=file).network, quiet().network)
 
 
@@ -302,7 +302,7 @@ def test_the_checkpoints_place_follows_from_settings_and_features(tmp_path):
 
 
 def test_fewer_images_than_a_batch_are_refused():
-    with pytest.raises(UserError, match="30 images .*one batch of 31"):
+    with pytest.raises(UserError, match=r"30 images .*one batch of 31"):
         quiet(replace(TINY, batch_size=31))
 
 
