@@ -108,13 +108,14 @@ def layer_zscore(raw: np.ndarray, channels: Sequence[int]) -> np.ndarray:
         raise UserError(
             f"The features have {raw.shape[1]} columns; layers {tuple(channels)} need {sum(channels)}."
         )
+    finite = np.isfinite(raw).all(axis=1)
+    if not finite.all():
+        bad = len(raw) - int(finite.sum())
+        raise UserError(f"{bad} of {len(raw)} images have NaN or infinite features; leave them out.")
     z0 = np.empty(raw.shape, dtype=np.float32)
     for layer in layer_slices(channels):
         f = np.asarray(raw[:, layer], dtype=np.float32)
         z0[:, layer] = (f - f.mean(1, keepdims=True)) / (f.std(1, ddof=1, keepdims=True) + DELTA)
-    if not np.isfinite(z0).all():
-        bad = int((~np.isfinite(z0).all(1)).sum())
-        raise UserError(f"{bad} of {len(raw)} images have NaN or infinite features; leave them out.")
     return z0
 
 
