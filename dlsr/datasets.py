@@ -50,13 +50,15 @@ def data_folder() -> Path:
 class Dataset:
     """One row of the registry: a split of a named image set.
 
-    ``size`` is (height, width), or None where it varies; ``sha256`` is that of the pack's Parquet
-    file; ``role`` is the role beside CIFAR-10 (``id``, ``near``, ``far``) or in the demo;
-    ``partial`` says why the set is not the whole one that the paper's tables name.
+    ``title`` is its name in figures and tables; ``size`` is (height, width), or None where it varies;
+    ``sha256`` is that of the pack's Parquet file; ``role`` is the role beside CIFAR-10 (``id``,
+    ``near``, ``far``) or in the demo; ``partial`` says why the set is not the whole one that the
+    paper's tables name.
     """
 
     name: str
     split: str
+    title: str
     images: int
     size: tuple[int, int] | None
     source: str
@@ -77,22 +79,22 @@ _SKLEARN = "scikit-learn"
 DATASETS = {
     row.key: row
     for row in (
-        Dataset("digits", "train", 721, (8, 8), _SKLEARN, "CC BY 4.0 (UCI)", "id"),
-        Dataset("digits", "test", 722, (8, 8), _SKLEARN, "CC BY 4.0 (UCI)", "id"),
-        Dataset("digits_8_9", "test", 354, (8, 8), _SKLEARN, "CC BY 4.0 (UCI)", "near"),
-        Dataset("photo_patches", "test", 400, (8, 8), _SKLEARN, "CC BY 2.0", "far"),
+        Dataset("digits", "train", "digits 0-7", 721, (8, 8), _SKLEARN, "CC BY 4.0 (UCI)", "id"),
+        Dataset("digits", "test", "digits 0-7", 722, (8, 8), _SKLEARN, "CC BY 4.0 (UCI)", "id"),
+        Dataset("digits_8_9", "test", "digits 8 and 9", 354, (8, 8), _SKLEARN, "CC BY 4.0 (UCI)", "near"),
+        Dataset("photo_patches", "test", "photo patches", 400, (8, 8), _SKLEARN, "CC BY 2.0", "far"),
         Dataset(
-            "cifar10", "train", 50_000, (32, 32), PACK, _CIFAR, "id",
+            "cifar10", "train", "CIFAR-10", 50_000, (32, 32), PACK, _CIFAR, "id",
             "d4327c54fb16c1877b6077def5ce65e8e6f9fffd252a70b0dc2d538a97eb956e",
             torchvision="CIFAR10",
         ),
         Dataset(
-            "cifar10", "test", 10_000, (32, 32), PACK, _CIFAR, "id",
+            "cifar10", "test", "CIFAR-10", 10_000, (32, 32), PACK, _CIFAR, "id",
             "8c3ef155c49b0833388110e912c55f0a40c8bedc2f0343ae06693fc3e05a4107",
             torchvision="CIFAR10",
         ),
         Dataset(
-            "cifar100", "test", 10_000, (32, 32), PACK, _CIFAR, "near",
+            "cifar100", "test", "CIFAR-100", 10_000, (32, 32), PACK, _CIFAR, "near",
             "535d6cb63b9902838c2697cc44c417c07e75ac091da6965a1ad19ff328c47460",
             torchvision="CIFAR100",
         ),

@@ -26,13 +26,6 @@ SCORE_STYLES = {
     "mfsim": {"color": PALETTE[9], "linestyle": "--"},
 }
 SCORE_NAMES = {"mse": "MSE", "lr": "LR", "mfsim": "MFsim"}
-SET_NAMES = {
-    "digits/test": "digits 0-7",
-    "digits_8_9/test": "digits 8 and 9",
-    "photo_patches/test": "photo patches",
-    "cifar10/test": "CIFAR-10",
-    "cifar100/test": "CIFAR-100",
-}
 WIDTH = 7.2  # inches: the column of the book
 
 
@@ -52,7 +45,7 @@ def use_style() -> None:
 
 def set_name(key: str) -> str:
     """A set as a reader knows it."""
-    return SET_NAMES.get(key, key)
+    return DATASETS[key].title if key in DATASETS else key
 
 
 def show_table(table: pd.DataFrame) -> HTML:
