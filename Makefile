@@ -16,17 +16,17 @@ test: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
 
-$(VENV)/installed: pyproject.toml dlsr/__init__.py
+$(VENV)/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("dlsr needs Python 3.10 or newer; run: make PYTHON=python3.12" if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --editable ".[test]"
 	@touch $@
 
-$(QUICKSTART): notebooks/00_quickstart.ipynb $(wildcard dlsr/*) $(VENV)/installed
+$(QUICKSTART): notebooks/00_quickstart.ipynb $(wildcard dlsr/*.py dlsr/*.json) $(VENV)/installed
 	$(BIN)/dlsr run 00_quickstart
 
 # -W: a warning fails the build; --all: else numbers glued from other pages may be stale
-$(BOOK): $(QUICKSTART) _config.yml $(shell find book results -type f -not -path '*/_build/*') $(VENV)/installed
+$(BOOK): $(QUICKSTART) _config.yml $(shell find book results -type f -not -path '*/__pycache__/*') $(VENV)/installed
 	$(BIN)/jupyter-book build -W -n --keep-going --all --path-output . book
 	$(BIN)/python book/check_links.py _build/html
 	@touch $@

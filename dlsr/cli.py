@@ -14,12 +14,12 @@ import papermill
 from papermill.exceptions import PapermillExecutionError
 
 from dlsr import __version__
-from dlsr.benchmarks import settings
+from dlsr.benchmarks import run_name, settings
 from dlsr.datasets import DATASETS, UserError, data_folder, load_images
 from dlsr.detector import DLSRDetector
 from dlsr.encoders import PRESETS, get_encoder
 from dlsr.features import Features, extract, replace_file
-from dlsr.results import project_folder, results_folder
+from dlsr.results import project_folder
 from dlsr.scores import SCORES
 
 VOLATILE = ("papermill", "execution", "language_info")  # metadata that changes with every run
@@ -42,41 +42,53 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_notebook(name: str, parameters: dict, *, output: Path | None = None, progress: bool = True) -> Path:
     """Execute ``notebooks/<name>.ipynb`` by papermill, and move the copy into place if it succeeded.
 
-    Wrong parameters are refused before a kernel starts. The copy goes to ``book/notebooks``; that of
-    a demo run to ``_build/demo``, unless the item has no other profile.
+    Wrong parameters are refused before a kernel starts. The copy goes to ``book/notebooks`` if it is
+    the item's own profile, unchanged; that of any other run to ``_build/runs``. A copy that failed
+    stays in ``_build/failed``.
     """
-    source = project_folder() / "notebooks" / f"{name}.ipynb"
+    project = project_folder()
+    source = project / "notebooks" / f"{name}.ipynb"
     if not source.is_file():
         there = ", ".join(sorted(p.stem for p in source.parent.glob("*.ipynb"))) or "none here"
         raise UserError(
             f"There is no notebook {name!r}; there are: {there}. Run this in the project's folder."
         )
-    run = settings(name, parameters)
-    kept_out = run.profile_name == "demo" and len(run.item.profiles) > 1
-    folder = results_folder("demo") if kept_out else project_folder() / "book" / "notebooks"
-    output = output or folder / source.name
+    run = settings(name, dict(parameters))
+    place = project / "book" / "notebooks" / source.name
+    output = output or (place if run.for_the_book else project / "_build" / "runs" / f"{run_name(run)}.ipynb")
+    draft = project / "_build" / "failed" / source.name
+    draft.parent.mkdir(parents=True, exist_ok=True)
     try:
-        replace_file(output, lambda path: _execute(source, path, parameters, progress))
+        papermill.execute_notebook(
+            str(source),
+            str(draft),
+            parameters,
+            kernel_name="python3",
+            progress_bar=progress,
+            stderr_file=sys.stderr if progress else None,
+        )
     except PapermillExecutionError as error:
-        raise UserError(f"{source.name} failed in a cell: {error.ename}: {error.evalue}") from error
+        raise UserError(
+            f"{source.name} failed in cell {error.cell_index}: {error.ename}: {error.evalue} "
+            f"What it did until then is in {draft}."
+        ) from error
+    notebook = without_volatile(nbformat.read(draft, as_version=4))
+    replace_file(output, lambda path: nbformat.write(notebook, path))
+    draft.unlink()
     return output
 
 
-def _execute(source: Path, path: Path, parameters: dict, progress: bool) -> None:
-    papermill.execute_notebook(
-        str(source), str(path), parameters, kernel_name="python3", progress_bar=progress
-    )
-    notebook = nbformat.read(path, as_version=4)
+def without_volatile(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """An executed notebook less what changes with every run: times, machine, progress bars."""
     about = notebook.metadata.get("papermill", {})
-    kept = {key: about.get(key) for key in ("parameters", "exception")}
     for cell in notebook.cells:  # progress bars go to stderr
         if "outputs" in cell:
             cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
     for holder in (notebook, *notebook.cells):
         for key in VOLATILE:
             holder.metadata.pop(key, None)
-    notebook.metadata["papermill"] = kept
-    nbformat.write(notebook, path)
+    notebook.metadata["papermill"] = {key: about.get(key) for key in ("parameters", "exception")}
+    return notebook
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ import io
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -22,7 +22,12 @@ from sklearn.datasets import load_digits, load_sample_images
 
 INPUT_SIZE = (224, 224)  # height, width of what every encoder sees
 PROTOCOLS = ("native", "matched")
-IMAGE_SUFFIXES = frozenset(Image.registered_extensions())
+Image.init()
+IMAGE_SUFFIXES = frozenset(
+    suffix
+    for suffix, form in Image.registered_extensions().items()
+    if form in Image.OPEN and form != "MPEG"  # which Pillow names but cannot decode
+)
 PACK = "data pack"
 
 
@@ -262,7 +267,7 @@ def _find(dataset: Dataset) -> ImageSet:
                 stacklevel=3,
             )
     elif (base / dataset.split).is_dir():
-        images = from_folder(base / dataset.split)
+        images = replace(from_folder(base / dataset.split), name=dataset.key, size=dataset.size)
     else:
         images = _download(dataset, file)
     if len(images) != dataset.images:

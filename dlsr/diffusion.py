@@ -145,17 +145,19 @@ def reconstruct(
     how: Reconstruction | None = None,
     *,
     seed: int = 0,
+    stride_seed: int = 0,
     batch_size: int = 1024,
     progress: bool = False,
 ) -> np.ndarray:
     """(N, c) reconstructions of z0, float32, on the network's device.
 
-    The noise is drawn on the CPU, image by image, so that it is the same on every device.
+    ``seed`` fixes the noise, drawn on the CPU image by image, so that it is the same on every
+    device; ``stride_seed`` the strides of `paper`, which all that is compared should share.
     """
     how = how or Reconstruction()
     device = next(network.parameters()).device
     draws = torch.Generator().manual_seed(seed)
-    strides = random_strides(how.t, seed=seed)
+    strides = random_strides(how.t, seed=stride_seed)
     parts = []
     for start in tqdm(range(0, len(z0), batch_size), desc=f"{how.mode}, t = {how.t}", disable=not progress):
         batch = torch.from_numpy(np.ascontiguousarray(z0[start : start + batch_size], dtype=np.float32))

@@ -114,7 +114,9 @@ def get_encoder(name: str, *, weights: str | Path | None = None) -> Encoder:
     if name in PRESETS:
         encoder = PRESETS[name]
     elif name in timm.list_models() or name in timm.list_pretrained():
-        encoder = Encoder(name, name)
+        configuration = timm.get_pretrained_cfg(name)
+        tag = f"{configuration.architecture}.{configuration.tag}" if configuration.tag else name
+        encoder = Encoder(name, tag)
     else:
         close = timm.list_models(f"*{name.split('.')[0]}*")[:5]
         raise UserError(
@@ -142,14 +144,14 @@ def in_order(weights: StateDict, names: StateDict) -> StateDict:
 
 
 def _from_hub(tag: str, where: str) -> Path:
-    repository = f"timm/{tag}"
+    repository = timm.get_pretrained_cfg(tag).hf_hub_id or f"timm/{tag}"
     try:
         return Path(hf_hub_download(repository, "model.safetensors", etag_timeout=5))
     except (OSError, HfHubHTTPError) as error:
         raise UserError(
-            f"There are no weights for {tag}: the model hub could not be reached "
-            f"({type(error).__name__}) and {tag}.safetensors is not in {where}. Download "
-            f"model.safetensors of {repository} and save it there as {tag}.safetensors."
+            f"There are no weights for {tag}: the model hub did not give them ({type(error).__name__}) and "
+            f"{tag}.safetensors is not in {where}. Download model.safetensors of {repository} and save "
+            f"it there as {tag}.safetensors."
         ) from error
 
 

@@ -151,12 +151,15 @@ def extract(
         batch_size = batch_size or (256 if device == "cuda" else 32)
         _extract_to(key, images, encoder, batch_size, device, on_error, progress)
     features = load(key, images)
-    if on_error == "raise" and len(features) < len(images):
-        missing = images.ids[int(np.setdiff1d(np.arange(len(images)), features.rows)[0])]
-        raise UserError(
-            f"{len(images) - len(features)} images of {images.name} were skipped as unreadable, "
-            f"{missing!r} first. Mend them, or pass on_error='skip' (--skip-unreadable)."
+    skipped = [images.ids[i] for i in np.setdiff1d(np.arange(len(images)), features.rows)]
+    if skipped:
+        what = (
+            f"{len(skipped)} of the {len(images)} images of {images.name} cannot be read: "
+            f"{', '.join(skipped[:5])}{' ...' if len(skipped) > 5 else ''}"
         )
+        if on_error == "raise":
+            raise UserError(f"{what}. Mend them, or pass on_error='skip' (--skip-unreadable).")
+        tqdm.write(f"{what}; they are left out.")
     return features
 
 
@@ -223,62 +226,48 @@ def _key(images: ImageSet, encoder: Encoder, weights_sha256: str, chain) -> Key:
 
 
 class _Pixels(TorchDataset):
-    """(row, pixels of uint8) of each image; pixels are None where it cannot be read."""
+    """(row, pixels of uint8) of each image; where it cannot be read, what is wrong with it.
 
-    def __init__(self, images: ImageSet, chain, on_error: str) -> None:
-        self.images, self.chain, self.on_error = images, chain, on_error
+    The text and not the error, since a worker process would wrap that in its own traceback.
+    """
+
+    def __init__(self, images: ImageSet, chain: Sequence[tuple[int, int]]) -> None:
+        self.images, self.chain = images, chain
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, i: int) -> tuple[int, np.ndarray | None]:
+    def __getitem__(self, i: int) -> tuple[int, np.ndarray | str]:
         try:
             return i, np.array(resize(self.images.image(i), self.chain))
-        except UserError:
-            if self.on_error == "raise":
-                raise
-            return i, None
+        except UserError as error:
+            return i, str(error)
 
 
 def _extract_to(key, images, encoder, batch_size, device, on_error, progress) -> None:
     """Parts of `PART` images, each written whole; then one file, and ``features.json`` last."""
-    parts = key.folder() / "parts"
     keep_freed_memory()
+    parts = key.folder() / "parts"
     model = encoder.build().to(device)
-    pixels = _Pixels(images, key.chain, on_error)
-    skipped, seconds, done = [], 0.0, 0
+    pixels = _Pixels(images, key.chain)
     with tqdm(total=len(images), unit="image", desc=images.name, disable=not progress) as bar:
         for start in range(0, len(images), PART):
             rows = range(start, min(start + PART, len(images)))
             file = parts / f"{start:08d}.npz"
-            if not _is_whole(file):
-                began = time.perf_counter()
-                part = _run(model, pixels, rows, batch_size, device, bar)
-                seconds += time.perf_counter() - began
-                done += len(rows)
-                replace_file(file, lambda path, part=part: _save_part(path, part))
-            else:
+            if _is_whole(file):
                 bar.update(len(rows))
-            skipped += sorted(set(rows) - set(np.load(file)["rows"].tolist()))
-    if skipped:
-        names = ", ".join(images.ids[i] for i in skipped[:5])
-        tqdm.write(
-            f"{images.name}: {len(skipped)} of {len(images)} images could not be read and were skipped: "
-            f"{names}{' ...' if len(skipped) > 5 else ''}"
-        )
-    if len(skipped) == len(images):
+                continue
+            part = _run(model, pixels, rows, batch_size, device, on_error, bar)
+            replace_file(file, lambda path, part=part: _save_part(path, part))
+    files = sorted(parts.glob("[0-9]*.npz"))
+    if not any(len(np.load(file)["rows"]) for file in files):
         shutil.rmtree(key.folder())
         raise UserError(f"None of the {len(images)} images of {images.name} can be read.")
-    _join(
-        key,
-        sorted(parts.glob("[0-9]*.npz")),
-        model.channels,
-        done / seconds if done else float("nan"),
-        device,
-    )
+    _join(key, files, model.channels, device)
 
 
-def _run(model, pixels, rows, batch_size, device, bar) -> tuple[np.ndarray, np.ndarray]:
+def _run(model, pixels, rows, batch_size, device, on_error, bar) -> dict[str, np.ndarray]:
+    """One part: which rows could be read, their values, and how many seconds it took."""
     # On a CPU the encoder needs all cores; other ways to start a process cannot take the images along.
     parallel = device == "cuda" and "fork" in torch.multiprocessing.get_all_start_methods()
     loader = DataLoader(
@@ -288,36 +277,39 @@ def _run(model, pixels, rows, batch_size, device, bar) -> tuple[np.ndarray, np.n
         multiprocessing_context="fork" if parallel else None,
         collate_fn=lambda batch: batch,
     )
-    kept, values = [], []
+    began = time.perf_counter()
+    kept, values = [], [np.empty((0, len(POOLINGS), sum(model.channels)), np.float32)]
     for batch in loader:
-        readable = [(i, image) for i, image in batch if image is not None]
+        wrong = [found for _, found in batch if isinstance(found, str)]
+        if wrong and on_error == "raise":
+            raise UserError(wrong[0])
+        readable = [(i, found) for i, found in batch if not isinstance(found, str)]
         if readable:
             numbers, arrays = zip(*readable, strict=True)
             values.append(model(torch.from_numpy(np.stack(arrays)).to(device)).cpu().numpy())
             kept += numbers
         bar.update(len(batch))
-    width = sum(model.channels)
-    return np.array(kept, dtype=np.int64), np.concatenate(
-        [*values, np.empty((0, len(POOLINGS), width), np.float32)]
-    )
+    seconds = np.float64(time.perf_counter() - began)
+    return {"rows": np.array(kept, np.int64), "values": np.concatenate(values), "seconds": seconds}
 
 
-def _save_part(path: Path, part: tuple[np.ndarray, np.ndarray]) -> None:
+def _save_part(path: Path, part: dict[str, np.ndarray]) -> None:
     with path.open("wb") as file:
-        np.savez(file, rows=part[0], values=part[1])
+        np.savez(file, **part)
 
 
 def _is_whole(file: Path) -> bool:
     try:
         with np.load(file) as part:
-            return len(part["rows"]) == len(part["values"])
+            return len(part["rows"]) == len(part["values"]) and part["seconds"] >= 0
     except DAMAGE:
         return False
 
 
-def _join(key: Key, parts: list[Path], channels, images_per_second: float, device: str) -> None:
+def _join(key: Key, parts: list[Path], channels: tuple[int, ...], device: str) -> None:
     folder = key.folder()
     rows = np.concatenate([np.load(part)["rows"] for part in parts])
+    seconds = sum(float(np.load(part)["seconds"]) for part in parts)
 
     def write_values(path: Path) -> None:
         shape = (len(rows), len(POOLINGS), sum(channels))
@@ -333,7 +325,7 @@ def _join(key: Key, parts: list[Path], channels, images_per_second: float, devic
 
     about = {
         "channels": channels,
-        "images_per_second": images_per_second,
+        "images_per_second": len(rows) / seconds,
         "device": device,
         "key": asdict(key),
     }

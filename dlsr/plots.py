@@ -97,7 +97,7 @@ def settings_table(rows: pd.DataFrame) -> pd.DataFrame:
         column=chosen["score"].map(SCORE_NAMES) + chosen["layers"].map({"all": "", "2..M": " 2..M"}),
         cell=[with_interval(r.value, r.ci_low, r.ci_high) for r in chosen.itertuples()],
     )
-    rarely = ["ood", "protocol", "n_train"]  # shown where they differ
+    rarely = ["ood", "protocol", "n_train", "profile", "weights_sha256"]  # shown where they differ
     settings = [*rarely, "encoder", "pooling", "LFDN", "epochs", "how", "K"]
     table = chosen.pivot(index=settings, columns="column", values="cell").reset_index()
     table = table.drop(columns=[name for name in rarely if table[name].nunique() == 1])

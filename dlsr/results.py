@@ -21,10 +21,10 @@ COLUMNS = [
     "benchmark", "id", "ood", "method", "score", "metric", "value", "ci_low", "ci_high", "versus",
     "seed", "n_train", "n_id", "n_ood", "encoder", "weights_sha256", "protocol", "pooling", "layers",
     "reconstruction", "t", "noise_draws", "width", "blocks", "epochs", "partial", "profile", "device",
-    "images_per_second", "version", "date",
+    "images_per_second", "version", "date", "seeds",
 ]
 # fmt: on
-MEASURED = ("value", "ci_low", "ci_high", "images_per_second", "device", "version", "date")
+MEASURED = ("value", "ci_low", "ci_high", "images_per_second", "device", "version", "date", "seeds")
 SETTINGS = [column for column in COLUMNS if column not in MEASURED]  # rows equal in these are replaced
 VARIANT = ("score", "layers", "reconstruction", "t", "noise_draws")  # what tells a score's column
 
@@ -33,12 +33,12 @@ VARIANT = ("score", "layers", "reconstruction", "t", "noise_draws")  # what tell
 class SetScores:
     """Scores of every image of one run, one seed: a column per variant beside ``set`` and ``image``.
 
-    ``columns`` gives each score column its `VARIANT` values; ``about`` holds the settings that all
-    rows share, by the names of `COLUMNS`.
+    ``columns`` gives each score column its `VARIANT` values and its speed; ``about`` holds the
+    settings that all rows share, by the names of `COLUMNS`.
     """
 
     table: pd.DataFrame
-    columns: Mapping[str, Mapping[str, str | int]]
+    columns: Mapping[str, Mapping[str, str | int | float]]
     about: Mapping[str, str | int | float] = field(default_factory=dict)
 
     def of(self, name: str, column: str) -> np.ndarray:
@@ -75,7 +75,12 @@ def write_scores(file: Path, scores: SetScores) -> None:
     table = pa.Table.from_pandas(scores.table, preserve_index=False)
     about = json.dumps({"columns": scores.columns, "about": scores.about})
     table = table.replace_schema_metadata({"dlsr": about})
-    replace_file(file, lambda path: pq.write_table(table, path, compression="zstd"))
+    options = {
+        "compression": "zstd",
+        "use_dictionary": ["set"],
+        "use_byte_stream_split": list(scores.columns),
+    }
+    replace_file(file, lambda path: pq.write_table(table, path, **options))
 
 
 def read_scores(file: Path) -> SetScores:
@@ -117,35 +122,38 @@ def summarise(runs: Sequence[SetScores], *, id_set: str) -> pd.DataFrame:
         for i, name in enumerate(names):
             for metric in METRICS:
                 sample = draws[metric][i] if metric in draws else None
-                rows += _rows(
-                    runs,
-                    common | dict(first.columns[name]) | {"metric": metric},
-                    points[metric][i],
-                    sample,
-                )
+                rows += _rows(runs, name, common | {"metric": metric}, points[metric][i], sample)
         base = names[0]
         for i, name in enumerate(names[1:], start=1):
             same_run = first.columns[name]["reconstruction"] == first.columns[base]["reconstruction"]
             if same_run and not first.columns[name]["layers"].isdigit():
-                about = common | dict(first.columns[name]) | {"metric": "auroc", "versus": base}
+                about = common | {"metric": "auroc", "versus": base}
                 difference = draws["auroc"][i] - draws["auroc"][0]
-                rows += _rows(runs, about, points["auroc"][i] - points["auroc"][0], difference)
+                rows += _rows(runs, name, about, points["auroc"][i] - points["auroc"][0], difference)
     return pd.DataFrame(rows).reindex(columns=COLUMNS)
 
 
-def _rows(runs, common: dict, points: np.ndarray, draws: np.ndarray | None) -> list[dict]:
+def _rows(
+    runs: Sequence[SetScores], name: str, common: dict, points: np.ndarray, draws: np.ndarray | None
+) -> list[dict]:
     """One row a seed, and the mean: ``points`` is (seeds,), ``draws`` (seeds, draws) or None."""
-    entries = [
-        (run.about["seed"], points[i], None if draws is None else draws[i]) for i, run in enumerate(runs)
+    stamp = {"version": __version__, "date": datetime.date.today().isoformat()}
+    shared = [{"versus": ""} | dict(run.about) | dict(run.columns[name]) | common | stamp for run in runs]
+    rows = [
+        row
+        | {"seed": str(row["seed"]), "seeds": 1}
+        | _measured(points[i], None if draws is None else draws[i])
+        for i, row in enumerate(shared)
     ]
-    entries.append(("mean", points.mean(), None if draws is None else draws.mean(0)))
-    rows = []
-    for seed, value, sample in entries:
-        low, high = (np.nan, np.nan) if sample is None else interval(sample)
-        measured = {"value": 100 * value, "ci_low": 100 * low, "ci_high": 100 * high}
-        stamp = {"version": __version__, "date": datetime.date.today().isoformat()}
-        rows.append({"versus": ""} | dict(runs[0].about) | common | {"seed": str(seed)} | measured | stamp)
+    rate = float(np.mean([row["images_per_second"] for row in shared]))
+    mean = {"seed": "mean", "seeds": len(runs), "images_per_second": rate}
+    rows.append(shared[0] | mean | _measured(points.mean(), None if draws is None else draws.mean(0)))
     return rows
+
+
+def _measured(value: float, draws: np.ndarray | None) -> dict[str, float]:
+    low, high = (np.nan, np.nan) if draws is None else interval(draws)
+    return {"value": 100 * value, "ci_low": 100 * low, "ci_high": 100 * high}
 
 
 def write_rows(file: Path, rows: pd.DataFrame) -> pd.DataFrame:
@@ -186,7 +194,7 @@ def read_rows(file: Path) -> pd.DataFrame:
 
 
 NUMBERS = ("value", "ci_low", "ci_high", "images_per_second")
-WHOLE = ("n_train", "n_id", "n_ood", "t", "noise_draws", "width", "blocks", "epochs")
+WHOLE = ("seeds", "n_train", "n_id", "n_ood", "t", "noise_draws", "width", "blocks", "epochs")
 
 
 def as_table(rows: pd.DataFrame) -> pd.DataFrame:

@@ -53,20 +53,26 @@ def all_scores(
     how: Reconstruction | None = None,
     *,
     seed: int = 0,
+    stride_seed: int = 0,
 ) -> dict[tuple[str, str], np.ndarray]:
     """Every score by (score, layers), where layers is ``all``, ``2..M`` or one layer's number.
 
     LR's two networks reconstruct with separate noise draws, as in the released code.
     """
-    last = reconstruct(trained.network, z0, how, seed=seed)
-    first = reconstruct(trained.first_epoch, z0, how, seed=seed + FIRST_EPOCH_NOISE)
-    cosines, errors = mfsim_by_layer(z0, last, channels), mse_by_layer(z0, last, channels)
+    last = reconstruct(trained.network, z0, how, seed=seed, stride_seed=stride_seed)
+    first_seed = seed + FIRST_EPOCH_NOISE
+    first = reconstruct(trained.first_epoch, z0, how, seed=first_seed, stride_seed=stride_seed)
+    by_layer = {
+        "mse": mse_by_layer(z0, last, channels),
+        "lr": mse_by_layer(z0, first, channels) - mse_by_layer(z0, last, channels),
+        "mfsim": mfsim_by_layer(z0, last, channels),
+    }
     scores = {("mse", "all"): mse(z0, last), ("lr", "all"): lr(z0, first, last)}
     for layers, chosen in LAYER_CHOICES.items():
-        if cosines[:, chosen].shape[1]:
-            scores["mfsim", layers] = cosines[:, chosen].mean(axis=1)
-    for m in range(len(channels)):
-        scores["mse", str(m + 1)], scores["mfsim", str(m + 1)] = errors[:, m], cosines[:, m]
+        if by_layer["mfsim"][:, chosen].shape[1]:
+            scores["mfsim", layers] = by_layer["mfsim"][:, chosen].mean(axis=1)
+    for score, values in by_layer.items():
+        scores |= {(score, str(m + 1)): values[:, m] for m in range(len(channels))}
     return {name: values.astype(np.float32) for name, values in scores.items()}
 
 

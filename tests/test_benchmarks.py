@@ -32,7 +32,7 @@ from dlsr.metrics import METRICS, auroc, bootstrap
 from dlsr.results import COLUMNS, read_rows, read_scores
 from dlsr.training import _Run
 
-NEAR = "08_near_ood"
+NEAR, QUICK = "08_near_ood", "00_quickstart"
 TINY = {"profile": "demo", "n_train": 150, "width": 8, "blocks": 1, "epochs": 2}
 NAMES = [field.name for field in fields(Parameters)]
 
@@ -218,9 +218,40 @@ def test_sets_do_not_share_their_noise(fake, monkeypatch):
     """Images in the same place of two sets would else be scored with the same noise."""
     seeds = []
     whole = module.all_scores
-    monkeypatch.setattr(module, "all_scores", lambda *a, seed: (seeds.append(seed), whole(*a, seed=seed))[1])
+
+    def listening(*arguments, seed, stride_seed):
+        seeds.append((seed, stride_seed))
+        return whole(*arguments, seed=seed, stride_seed=stride_seed)
+
+    monkeypatch.setattr(module, "all_scores", listening)
     whole_run(seeds=2)
-    assert len(set(seeds)) == 2 * 2  # sets and networks; all ways of reconstruction share theirs
+    assert len({noise for noise, _ in seeds}) == 2 * 2  # sets and networks; all reconstructions share theirs
+    assert {strides for _, strides in seeds} == {0, 1}  # all sets of a network take the same way back
+
+
+def test_running_the_cell_again_is_no_mistake():
+    namespace = {"profile": "demo", "__name__": "__main__"}
+    first = settings(QUICK, namespace)
+    namespace |= {"id_train": first.profile.id_train, "order": [1]}
+    assert settings(QUICK, namespace) == first
+    namespace["profile"] = "nonsense"
+    with pytest.raises(UserError, match="nonsense"):
+        settings(QUICK, namespace)
+
+
+def test_only_a_profile_as_it_stands_goes_into_the_book():
+    assert settings(NEAR, {"profile": "pack"}).for_the_book
+    assert settings(QUICK, {}).for_the_book
+    assert not settings(NEAR, {"profile": "demo"}).for_the_book
+    for changed in ({"encoder": "efficientnet_lite0"}, {"epochs": 3}, {"n_train": 10}, {"pooling": "grid14"}):
+        assert not settings(NEAR, {"profile": "pack"} | changed).for_the_book
+    assert settings(NEAR, {"profile": "pack", "encoder": "efficientnet_b4_without_last_block"}).for_the_book
+
+
+def test_the_papers_table_is_quoted_whole():
+    table = module.paper_table("table8_cifar10_vs_cifar100")
+    assert list(table.columns) == ["Based", "Method", "FPR95", "AUROC"]
+    assert table.set_index("Method").loc["ASH-S", "AUROC"] == "87.13"
 
 
 def test_headline_rows_and_columns():

@@ -269,22 +269,24 @@ def executed(source, path, parameters, **_):
 
 def test_a_run_puts_the_copy_where_it_belongs(project, monkeypatch, capsys):
     monkeypatch.setattr(cli.papermill, "execute_notebook", executed)
-    assert main(["run", NEAR, "-p", "profile", "pack", "-p", "epochs", "3"]) == 0
+    assert main(["run", NEAR, "-p", "profile", "pack", "-p", "seeds", "1"]) == 0
     copy = project / "book" / "notebooks" / f"{NEAR}.ipynb"
     assert str(copy) in capsys.readouterr().out
     notebook = nbformat.read(copy, as_version=4)
     assert notebook.metadata.papermill == {
-        "parameters": {"profile": "pack", "epochs": 3}, "exception": None,
+        "parameters": {"profile": "pack", "seeds": 1}, "exception": None,
     }  # fmt: skip
     assert not any("papermill" in cell.metadata for cell in notebook.cells)
     assert [p.name for p in copy.parent.iterdir()] == [copy.name]
 
 
-def test_a_demo_run_never_replaces_the_books_copy(project, monkeypatch):
+@pytest.mark.parametrize("changed", [["profile", "demo"], ["epochs", "3"], ["encoder", "efficientnet_lite0"]])
+def test_a_run_of_other_settings_never_replaces_the_books_copy(project, monkeypatch, changed):
     monkeypatch.setattr(cli.papermill, "execute_notebook", executed)
-    assert main(["run", NEAR, "-p", "profile", "demo"]) == 0
+    assert main(["run", NEAR, "-p", "profile", "pack", "-p", *changed]) == 0
     assert not (project / "book").exists()
-    assert (project / "_build" / "demo" / f"{NEAR}.ipynb").is_file()
+    (copy,) = (project / "_build" / "runs").iterdir()
+    assert copy.name.startswith(NEAR)
 
 
 def test_a_named_output_is_kept_to(project, tmp_path, monkeypatch):

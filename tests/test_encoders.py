@@ -84,7 +84,7 @@ def test_without_the_hub_there_are_no_weights_and_never_random_ones(monkeypatch)
 
     monkeypatch.setattr(encoders, "hf_hub_download", unreachable)
     for step in (get_encoder(TINY).weights_sha256, get_encoder(TINY).build):
-        with pytest.raises(UserError, match="could not be reached") as error:
+        with pytest.raises(UserError, match="the model hub did not give them") as error:
             step()
         text = one_sentence(error)
         assert f"timm/{TINY}" in text

@@ -88,7 +88,7 @@ def test_all_scores_by_their_names(trained):
     z0 = easy_features(7, channels=(8, 4, 4))[0]
     how = Reconstruction("one_step", t=20, noise_draws=2)
     scores = all_scores(trained, z0, (8, 4, 4), how, seed=3)
-    layers = [(score, str(m)) for score in ("mse", "mfsim") for m in (1, 2, 3)]
+    layers = [(score, str(m)) for score in ("mse", "lr", "mfsim") for m in (1, 2, 3)]
     assert set(scores) == {("mse", "all"), ("lr", "all"), ("mfsim", "all"), ("mfsim", "2..M"), *layers}
     assert all(values.shape == (7,) and values.dtype == np.float32 for values in scores.values())
 
@@ -99,6 +99,10 @@ def test_all_scores_by_their_names(trained):
     np.testing.assert_allclose(scores["mfsim", "2..M"], mfsim(z0, last, (8, 4, 4)), rtol=1e-6)
     by_layer = mfsim_by_layer(z0, last, (8, 4, 4))
     np.testing.assert_allclose(scores["mfsim", "3"], by_layer[:, 2], rtol=1e-6)
+    lr_by_layer = [scores["lr", str(m)] for m in (1, 2, 3)]
+    np.testing.assert_allclose(
+        np.average(lr_by_layer, axis=0, weights=(8, 4, 4)), scores["lr", "all"], atol=1e-6
+    )
     np.testing.assert_allclose(scores["mse", "all"] + scores["lr", "all"], 1, atol=0.2)  # a silent first
 
 
@@ -111,7 +115,7 @@ def test_lrs_networks_get_noise_of_their_own(trained):
 def test_all_scores_of_a_single_layer(trained):
     z0 = np.random.RandomState(0).randn(3, 16).astype(np.float32)
     assert set(all_scores(trained, z0, (16,))) == {
-        ("mse", "all"), ("lr", "all"), ("mfsim", "all"), ("mse", "1"), ("mfsim", "1"),
+        ("mse", "all"), ("lr", "all"), ("mfsim", "all"), ("mse", "1"), ("lr", "1"), ("mfsim", "1"),
     }  # fmt: skip
 
 
