@@ -227,6 +227,7 @@ def roc_curves(scores: SetScores, columns: Sequence[str], *, title: str) -> Figu
     """ID accepted against OOD accepted, a panel for each OOD set; FPR95 lies on the dashed line."""
     id_set, *ood_sets = scores.sets
     figure, axes = _figure(len(ood_sets), height=3.4, sharey=True)
+    figure.set_figwidth(min(WIDTH, 4.2 * len(ood_sets)))
     for axis, ood in zip(axes[0], ood_sets, strict=True):
         for column in columns:
             id_scores, ood_scores = scores.of(id_set, column), scores.of(ood, column)
@@ -243,18 +244,23 @@ def roc_curves(scores: SetScores, columns: Sequence[str], *, title: str) -> Figu
 
 
 def paper_and_measured(comparison: pd.DataFrame, *, title: str) -> Figure:
-    """Measured values with their intervals beside the paper's; see `benchmarks.compare`."""
-    figure, axes = _figure(1, height=0.9 + 0.36 * len(comparison))
-    axis, y = axes[0][0], np.arange(len(comparison))[::-1]
-    value = comparison["measured"]
-    errors = [value - comparison["ci_low"], comparison["ci_high"] - value]
-    axis.errorbar(value, y, xerr=errors, fmt="o", color=PALETTE[0], capsize=3, label="measured here")
-    paper = {"facecolors": "none", "edgecolors": "0.2", "label": "paper (quoted)"}
-    axis.scatter(comparison["paper"], y, marker="D", zorder=3, **paper)
-    names = comparison["score"].map(SCORE_NAMES) + ", " + comparison["metric"].str.upper()
-    axis.set(yticks=y, yticklabels=names, xlabel="%")
-    axis.set_ylim(-0.6, len(comparison) - 0.4)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    """Measured values with their intervals beside the paper's, a panel for each metric.
+
+    See `benchmarks.compare`.
+    """
+    metrics = {"auroc": "AUROC, %: higher is better", "fpr95": "FPR95, %: lower is better"}
+    figure, axes = _figure(len(metrics), height=2.3)
+    for axis, (metric, label) in zip(axes[0], metrics.items(), strict=True):
+        part = comparison[comparison["metric"] == metric]
+        value, y = part["measured"], np.arange(len(part))[::-1]
+        errors = [value - part["ci_low"], part["ci_high"] - value]
+        axis.errorbar(value, y, xerr=errors, fmt="o", color=PALETTE[0], capsize=3, label="measured here")
+        paper = {"facecolors": "none", "edgecolors": "0.2", "label": "paper (quoted)"}
+        axis.scatter(part["paper"], y, marker="D", zorder=3, **paper)
+        axis.set(yticks=y, yticklabels=part["score"].map(SCORE_NAMES), xlabel=label)
+        axis.set_ylim(-0.6, len(part) - 0.4)
+    handles = axes[0][0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=2, frameon=False)
     return _finish(figure, title)
 
 
