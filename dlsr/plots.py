@@ -91,15 +91,19 @@ def settings_table(rows: pd.DataFrame) -> pd.DataFrame:
     """AUROC of every setting an item was run in, a line for each and a column a score."""
     chosen = rows.query("metric == 'auroc' and seed == 'mean' and versus == '' and layers in ['all', '2..M']")
     chosen = chosen.assign(
-        LFDN=chosen["blocks"].astype(str) + "x" + chosen["width"].astype(str),
-        how=chosen["reconstruction"] + ", t = " + chosen["t"].astype(str),
-        K=chosen["noise_draws"],
+        LFDN=[f"{r.blocks}x{r.width}, {r.epochs} epochs" for r in chosen.itertuples()],
+        how=[
+            f"{r.reconstruction}, t = {r.t}" + (f", K = {r.noise_draws}" if r.noise_draws > 1 else "")
+            for r in chosen.itertuples()
+        ],
         column=chosen["score"].map(SCORE_NAMES) + chosen["layers"].map({"all": "", "2..M": " 2..M"}),
         cell=[with_interval(r.value, r.ci_low, r.ci_high) for r in chosen.itertuples()],
     )
-    rarely = ["ood", "protocol", "n_train", "profile", "weights_sha256"]  # shown where they differ
-    settings = [*rarely, "encoder", "pooling", "LFDN", "epochs", "how", "K"]
+    rarely = ["ood", "protocol", "pooling", "n_train", "profile", "weights_sha256"]  # shown if they differ
+    settings = [*rarely, "encoder", "LFDN", "how"]
     table = chosen.pivot(index=settings, columns="column", values="cell").reset_index()
+    told_apart = table.groupby("encoder")["weights_sha256"].transform("nunique") > 1
+    table["weights_sha256"] = table["weights_sha256"].str[:8].where(told_apart, "")
     table = table.drop(columns=[name for name in rarely if table[name].nunique() == 1])
     table = table.rename(columns={"how": "reconstruction", "MFsim": "MFsim, all layers"})
     return table.rename_axis(columns=None)

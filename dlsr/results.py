@@ -26,6 +26,7 @@ COLUMNS = [
 # fmt: on
 MEASURED = ("value", "ci_low", "ci_high", "images_per_second", "device", "version", "date", "seeds")
 SETTINGS = [column for column in COLUMNS if column not in MEASURED]  # rows equal in these are replaced
+APPENDED = ("seeds",)  # columns that files of earlier versions lack
 VARIANT = ("score", "layers", "reconstruction", "t", "noise_draws")  # what tells a score's column
 
 
@@ -187,14 +188,14 @@ def read_rows(file: Path) -> pd.DataFrame:
         rows = pd.read_csv(file, dtype=str, keep_default_na=False)
     except (OSError, ValueError) as error:
         raise UserError(f"{file} is not a readable table of results ({error}).") from error
-    missing = [column for column in COLUMNS if column not in rows]
+    missing = [column for column in COLUMNS if column not in rows and column not in APPENDED]
     if missing:
         raise UserError(f"{file} lacks the columns {', '.join(missing)}; it is of another version.")
-    return as_table(rows)
+    return as_table(rows.assign(**{column: "" for column in APPENDED if column not in rows}))
 
 
 NUMBERS = ("value", "ci_low", "ci_high", "images_per_second")
-WHOLE = ("seeds", "n_train", "n_id", "n_ood", "t", "noise_draws", "width", "blocks", "epochs")
+WHOLE = ("n_train", "n_id", "n_ood", "t", "noise_draws", "width", "blocks", "epochs")
 
 
 def as_table(rows: pd.DataFrame) -> pd.DataFrame:
@@ -205,6 +206,8 @@ def as_table(rows: pd.DataFrame) -> pd.DataFrame:
             rows[column] = pd.to_numeric(rows[column])
         elif column in WHOLE:
             rows[column] = pd.to_numeric(rows[column]).astype(int)
+        elif column in APPENDED:
+            rows[column] = pd.to_numeric(rows[column]).astype("Int64")
         else:
             rows[column] = rows[column].fillna("").astype(str)
     return rows

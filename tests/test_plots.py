@@ -181,7 +181,7 @@ def test_a_table_of_settings_has_a_line_for_each_and_a_column_a_score(rows):
     near = rows[rows["ood"] == "near/test"]
     table = plots.settings_table(pd.concat([near, near.assign(width=16, value=50.0)]))
     assert len(table) == 2
-    assert set(table["LFDN"]) == {"1x8", "1x16"}
+    assert set(table["LFDN"]) == {"1x8, 2 epochs", "1x16, 2 epochs"}
     assert set(table["reconstruction"]) == {"released, t = 3"}
     assert {"MSE", "LR", "MFsim 2..M"} <= set(table.columns)
     assert table.set_index("LFDN")["MSE"]["1x16"].startswith("50.0 [")

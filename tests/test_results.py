@@ -231,6 +231,16 @@ def test_a_table_that_lacks_columns_is_refused(summary, tmp_path):
         write_rows(file, summary)
 
 
+def test_a_table_of_an_earlier_version_is_read_and_added_to(summary, tmp_path):
+    """Columns may be appended: what was measured before has them empty."""
+    file = tmp_path / "table.csv"
+    summary.drop(columns=["seeds"]).to_csv(file, index=False)
+    assert read_rows(file)["seeds"].isna().all()
+    rows = write_rows(file, summary.assign(benchmark="another"))
+    assert len(rows) == 2 * len(summary)
+    assert rows.loc[rows["benchmark"] == "another", "seeds"].notna().all()
+
+
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00"])
 def test_a_file_that_is_no_table_is_refused(content, tmp_path):
     (tmp_path / "table.csv").write_bytes(content)
