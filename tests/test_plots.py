@@ -184,10 +184,20 @@ def test_a_table_of_settings_has_a_line_for_each_and_a_column_a_score(rows):
     assert set(table["LFDN"]) == {"1x8, 2 epochs", "1x16, 2 epochs"}
     assert set(table["reconstruction"]) == {"released, t = 3"}
     assert {"MSE", "LR", "MFsim 2..M"} <= set(table.columns)
-    assert table.set_index("LFDN")["MSE"]["1x16"].startswith("50.0 [")
+    assert table.set_index("LFDN")["MSE"]["1x16, 2 epochs"].startswith("50.0 [")
 
 
-@pytest.mark.parametrize("change", [{"protocol": "matched"}, {"n_train": 99}, {"ood": "far/test"}], ids=str)
+CHANGES = [
+    {"protocol": "matched"},
+    {"pooling": "grid14"},
+    {"n_train": 99},
+    {"ood": "far/test"},
+    {"profile": "paper"},
+    {"weights_sha256": "b" * 64},
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
 def test_a_table_of_settings_tells_all_settings_apart(change, rows):
     """A second run of the same item in another protocol must not stop its notebook."""
     near = rows[rows["ood"] == "near/test"]
