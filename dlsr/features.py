@@ -212,7 +212,8 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 def keep_freed_memory() -> None:
     """Ask glibc to keep large freed blocks: each layer's output would be paged in anew.
 
-    Three times the images/s with EfficientNet-Lite0 on two cores; elsewhere it does nothing.
+    Twice the images/s with EfficientNet-Lite0 on two cores (``benchmarks/speed.csv``); on systems
+    other than Linux it does nothing.
     """
     if sys.platform == "linux":
         m_trim_threshold, m_mmap_threshold = -1, -3
