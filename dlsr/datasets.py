@@ -17,7 +17,7 @@ import numpy as np
 import platformdirs
 import pyarrow.parquet as pq
 import torchvision.datasets
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from sklearn.datasets import load_digits, load_sample_images
 
 INPUT_SIZE = (224, 224)  # height, width of what every encoder sees
@@ -141,8 +141,10 @@ class ImageSet:
             with Image.open(io.BytesIO(content)) as image:
                 return to_rgb(image)
         except Exception as error:  # on damaged files, decoders raise almost anything
+            unknown = isinstance(error, UnidentifiedImageError)
+            reason = "it is in no format that Pillow knows" if unknown else error
             raise UserError(
-                f"Image {self.ids[i]!r} of {self.name} cannot be read ({error}). Mend or remove it, "
+                f"Image {self.ids[i]!r} of {self.name} cannot be read ({reason}). Mend or remove it, "
                 "or pass on_error='skip' (--skip-unreadable) to leave such images out."
             ) from error
 
