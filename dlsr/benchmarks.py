@@ -253,15 +253,15 @@ def train_networks(
 def score_sets(run: Settings, features: Mapping[str, Features], networks: list[Trained]) -> list[SetScores]:
     """Scores of all images, a table for each seed, also written to ``results/scores``."""
     tables = []
+    z0 = {name: features[name].z0(run.pooling) for name in run.sets}
     for seed, trained in enumerate(networks):
         columns: dict[str, dict[str, str | int | float]] = {}
         values: dict[str, np.ndarray] = {}
         for way in tqdm((HEADLINE, *run.item.others), desc=f"scores, seed {seed}", unit="reconstruction"):
-            found, rate = _score_sets_by(run, features, trained, way, seed)
+            found, rate = _score_sets_by(z0, features[run.profile.id_test], trained, way, seed)
             for score, layers in found[run.profile.id_test]:
                 if way == HEADLINE or not layers.isdigit():
-                    variant = {"score": score, "layers": layers, "reconstruction": way.mode}
-                    variant |= {"t": way.t, "noise_draws": way.noise_draws}
+                    variant = {"score": score, "layers": layers} | way.columns
                     column = variant_column(variant)
                     columns[column] = variant | {"images_per_second": rate}
                     values[column] = np.concatenate([found[name][score, layers] for name in run.sets])
@@ -277,19 +277,16 @@ def score_sets(run: Settings, features: Mapping[str, Features], networks: list[T
 
 
 def _score_sets_by(
-    run: Settings, features: Mapping[str, Features], trained: Trained, way: Reconstruction, seed: int
+    z0: Mapping[str, np.ndarray], id_test: Features, trained: Trained, way: Reconstruction, seed: int
 ) -> tuple[dict[str, dict[tuple[str, str], np.ndarray]], float]:
     """All scores of every set by one reconstruction, and the images/s of encoder and LFDN together."""
-    found, seconds = {}, 0.0
-    for name in run.sets:
-        z0 = features[name].z0(run.pooling)
+    began = time.perf_counter()
+    found = {}
+    for name, vectors in z0.items():
         noise = zlib.crc32(f"{name} {seed}".encode())  # sets must not share their noise
-        began = time.perf_counter()
-        found[name] = all_scores(trained, z0, features[name].channels, way, seed=noise, stride_seed=seed)
-        seconds += time.perf_counter() - began
-    images = sum(len(features[name]) for name in run.sets)
-    encoder_rate = features[run.profile.id_test].images_per_second
-    return found, 1 / (1 / encoder_rate + seconds / images)
+        found[name] = all_scores(trained, vectors, id_test.channels, way, seed=noise, stride_seed=seed)
+    seconds = time.perf_counter() - began
+    return found, 1 / (1 / id_test.images_per_second + seconds / sum(map(len, z0.values())))
 
 
 def measure(run: Settings, scores: list[SetScores]) -> pd.DataFrame:
@@ -360,14 +357,12 @@ def read_results(run: Settings) -> pd.DataFrame:
 
 def headline_columns() -> list[str]:
     """The score columns of MSE, LR and MFsim in the headline setting."""
-    how = {"reconstruction": HEADLINE.mode, "t": HEADLINE.t, "noise_draws": HEADLINE.noise_draws}
-    return [variant_column({"score": s, "layers": m} | how) for s, m in HEADLINE_SCORES.items()]
+    return [variant_column({"score": s, "layers": m} | HEADLINE.columns) for s, m in HEADLINE_SCORES.items()]
 
 
 def select(rows: pd.DataFrame, **wanted: Any) -> pd.Series:
     """The one row with these values; the mean over seeds in the headline setting unless said."""
-    how = {"reconstruction": HEADLINE.mode, "t": HEADLINE.t, "noise_draws": HEADLINE.noise_draws}
-    wanted = {"seed": "mean", "versus": ""} | how | wanted
+    wanted = {"seed": "mean", "versus": ""} | HEADLINE.columns | wanted
     chosen = rows[np.logical_and.reduce([rows[name] == value for name, value in wanted.items()])]
     if len(chosen) != 1:
         raise UserError(f"{len(chosen)} rows of the results fit {wanted}; exactly one is needed.")

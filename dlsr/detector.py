@@ -16,10 +16,10 @@ from sklearn.utils.validation import check_is_fitted
 from dlsr import __version__
 from dlsr.datasets import UserError
 from dlsr.diffusion import Reconstruction, reconstruct
-from dlsr.features import replace_file
+from dlsr.features import check_finite, pick_device, replace_file
 from dlsr.lfdn import LFDN
 from dlsr.scores import FIRST_EPOCH_NOISE, check_choice, lr, mfsim, mse
-from dlsr.training import Trained, TrainingSettings, as_json, pick_device, train
+from dlsr.training import Trained, TrainingSettings, as_json, flattened, train, weights_of
 
 THRESHOLD_QUANTILE = 0.95
 FORMAT = 1
@@ -143,11 +143,8 @@ class DLSRDetector(OutlierMixin, BaseEstimator):
         """
         check_is_fitted(self, "trained_")
         folder = Path(folder)
-        tensors = {
-            f"{name}.{key}": value.contiguous().cpu()
-            for name in ("network", "first_epoch")
-            for key, value in getattr(self.trained_, name).state_dict().items()
-        }
+        networks = {"network": self.trained_.network, "first_epoch": self.trained_.first_epoch}
+        tensors = {name: weight.contiguous().cpu() for name, weight in flattened(networks).items()}
         blob = safetensors.torch.save(tensors)
         content = {
             "format": FORMAT,
@@ -198,9 +195,7 @@ class DLSRDetector(OutlierMixin, BaseEstimator):
         networks = {}
         for name in ("network", "first_epoch"):
             network = LFDN(self.n_features_in_, width=self.width, blocks=self.blocks)
-            prefix = f"{name}."
-            weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            network.load_state_dict(weights)
+            network.load_state_dict(weights_of(name, tensors))
             networks[name] = network.to(pick_device(self.device)).eval().requires_grad_(False)
         self.trained_ = Trained(**networks, losses=content["losses"], settings=None)
 
@@ -217,7 +212,5 @@ class DLSRDetector(OutlierMixin, BaseEstimator):
                 f"Features of shape {z.shape} were given; this detector was fitted on {self.n_features_in_} "
                 "features an image. Use the encoder and layers it was fitted with."
             )
-        if not np.isfinite(z).all():
-            bad = int((~np.isfinite(z).all(1)).sum())
-            raise UserError(f"{bad} of {len(z)} feature vectors hold NaN or infinite values; leave them out.")
+        check_finite(z)
         return z

@@ -130,6 +130,11 @@ class Reconstruction:
             )
 
     @property
+    def columns(self) -> dict[str, str | int]:
+        """The settings by their names in the results."""
+        return {"reconstruction": self.mode, "t": self.t, "noise_draws": self.noise_draws}
+
+    @property
     def noises(self) -> int:
         """Draws of noise an image needs."""
         return {"released": self.t + 1, "paper": 1, "one_step": self.noise_draws}[self.mode]

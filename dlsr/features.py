@@ -108,15 +108,25 @@ def layer_zscore(raw: np.ndarray, channels: Sequence[int]) -> np.ndarray:
         raise UserError(
             f"The features have {raw.shape[1]} columns; layers {tuple(channels)} need {sum(channels)}."
         )
-    finite = np.isfinite(raw).all(axis=1)
-    if not finite.all():
-        bad = len(raw) - int(finite.sum())
-        raise UserError(f"{bad} of {len(raw)} images have NaN or infinite features; leave them out.")
+    check_finite(raw)
     z0 = np.empty(raw.shape, dtype=np.float32)
     for layer in layer_slices(channels):
         f = np.asarray(raw[:, layer], dtype=np.float32)
         z0[:, layer] = (f - f.mean(1, keepdims=True)) / (f.std(1, ddof=1, keepdims=True) + DELTA)
     return z0
+
+
+def check_finite(features: np.ndarray) -> None:
+    """Refuse (N, c) features that hold NaN or infinite values, with a count of the images."""
+    finite = np.isfinite(features).all(axis=1)
+    if not finite.all():
+        bad = len(features) - int(finite.sum())
+        raise UserError(f"{bad} of {len(features)} images have NaN or infinite features; leave them out.")
+
+
+def pick_device(device: str | None = None) -> str:
+    """The device asked for, else CUDA where there is one, else the CPU."""
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def extract(
@@ -147,7 +157,7 @@ def extract(
                 return features.take(images.rows)
     key = _key(images, encoder, weights_sha256, chain)
     if not (key.folder() / "features.json").is_file():
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = pick_device(device)
         batch_size = batch_size or (256 if device == "cuda" else 32)
         _extract_to(key, images, encoder, batch_size, device, on_error, progress)
     features = load(key, images)

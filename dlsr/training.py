@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from dlsr.datasets import UserError, cache_folder
 from dlsr.diffusion import T, add_noise, noise_schedule
-from dlsr.features import replace_file
+from dlsr.features import check_finite, pick_device, replace_file
 from dlsr.lfdn import LFDN
 
 CHECKPOINT_VERSION = 1
@@ -59,11 +59,6 @@ class Trained:
     settings: TrainingSettings | None
     vectors_per_second: float | None = None
     device: str = "cpu"
-
-
-def pick_device(device: str | None = None) -> str:
-    """The device asked for, else CUDA where there is one, else the CPU."""
-    return device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def ema_decay(updates: int) -> float:
@@ -187,8 +182,9 @@ class _Run:
         return loss.detach()
 
     def save(self, file: Path, *, finished: bool) -> None:
-        tensors = dict(self._tensors(("ema", "first") if finished else ("network", "ema", "first")))
+        tensors = flattened({"ema": self.ema, "first": self.first})
         if not finished:
+            tensors |= flattened({"network": self.network})
             tensors["draws"] = self.draws.get_state()
             for i, state in self.optimizer.state_dict()["state"].items():
                 tensors |= {f"optimizer.{i}.{name}": value for name, value in state.items()}
@@ -210,8 +206,7 @@ class _Run:
             )
         self.updates, self.losses = about["updates"], about["losses"]
         for name in ("network", "ema", "first"):
-            weights = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
-            if weights:
+            if weights := weights_of(name, tensors):
                 getattr(self, name).load_state_dict(weights)
         if "draws" in tensors:
             try:
@@ -229,10 +224,16 @@ class _Run:
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
-    def _tensors(self, names: tuple[str, ...]) -> Iterator[tuple[str, torch.Tensor]]:
-        for name in names:
-            for key, value in getattr(self, name).state_dict().items():
-                yield f"{name}.{key}", value
+
+def flattened(networks: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
+    """The weights of several networks in one dict, each under its name and a dot."""
+    return {f"{name}.{k}": v for name, network in networks.items() for k, v in network.state_dict().items()}
+
+
+def weights_of(name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """One network's weights out of what `flattened` gave."""
+    prefix = f"{name}."
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def as_json(content: dict) -> str:
@@ -262,9 +263,7 @@ def _checked(z0: np.ndarray, settings: TrainingSettings) -> np.ndarray:
     z0 = np.ascontiguousarray(z0, dtype=np.float32)
     if z0.ndim != 2:
         raise UserError(f"Features of shape {z0.shape} were given; (images, features) is needed.")
-    if not np.isfinite(z0).all():
-        bad = int((~np.isfinite(z0).all(1)).sum())
-        raise UserError(f"{bad} of {len(z0)} feature vectors hold NaN or infinite values; leave them out.")
+    check_finite(z0)
     if len(z0) < settings.batch_size:
         raise UserError(
             f"{len(z0)} images were given to train on, fewer than one batch of {settings.batch_size}; "
