@@ -1,12 +1,22 @@
+import csv
 import hashlib
+import inspect
+import io
+import stat
+import tarfile
 import urllib.error
+import urllib.request
 import warnings
+import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import scipy.io
+import torch
 import torchvision.datasets
 from conftest import encoded, image_set, one_sentence, random_pixels, write_folder
 from PIL import Image, features
@@ -15,15 +25,20 @@ from sklearn.datasets import load_digits
 from dlsr import datasets
 from dlsr.datasets import (
     DATASETS,
+    LOADERS,
+    Archive,
     ImageSet,
     UserError,
     cache_folder,
     data_folder,
+    download,
     from_folder,
     from_parquet,
     load_images,
+    partial_reason,
     resize,
     resize_chain,
+    sets_here,
 )
 
 
@@ -417,6 +432,516 @@ def test_a_missing_set_is_downloaded_into_the_cache(monkeypatch, tmp_path):
     assert asked == {"root": tmp_path / "cache" / "torchvision", "train": True, "download": True}
     assert images.labels == ["car", "plane", "car"]
     assert np.array_equal(np.asarray(images.image(2)), random_pixels(3)[2])
+
+
+def test_a_pack_or_the_published_count_is_accepted(pack, monkeypatch):
+    def registered(**changes):
+        monkeypatch.setitem(datasets.DATASETS, "cifar10/test", replace(row, **changes))
+
+    row = replace(datasets.DATASETS["cifar10/test"], partial="5 of 9 images", whole=9)
+    registered()
+    assert len(load_images("cifar10/test")) == 5
+    assert partial_reason("cifar10/test") == "5 of 9 images"
+    registered(images=4, whole=5)  # a file of the whole set
+    assert len(load_images("cifar10/test")) == 5
+    assert partial_reason("cifar10/test") == ""
+    registered(images=4, whole=9)
+    with pytest.raises(UserError, match=r"has 5 images here; the whole set has 9 .*data pack 4"):
+        load_images("cifar10/test")
+
+
+def test_a_folder_is_never_partial_and_needs_the_published_count(pack, monkeypatch):
+    pack[0].unlink()
+    row = replace(datasets.DATASETS["cifar10/test"], partial="5 of 9 images", whole=9)
+    monkeypatch.setitem(datasets.DATASETS, "cifar10/test", row)
+    folder = write_folder(pack[0].parent / "test", 5)
+    with pytest.raises(UserError, match="has 5 images here; the whole set has 9"):
+        load_images("cifar10/test")
+    write_folder(folder, 9)
+    assert len(load_images("cifar10/test")) == 9
+    assert partial_reason("cifar10/test") == partial_reason(str(folder)) == ""
+
+
+def test_a_folder_of_another_size_does_not_claim_the_packs(pack):
+    pack[0].unlink()
+    folder = write_folder(pack[0].parent / "test", 5, size=(12, 10))
+    assert load_images("cifar10/test").size is None
+    write_folder(folder, 5)
+    assert load_images("cifar10/test").size == (6, 5)
+    (folder / "000.png").write_bytes(b"unreadable")
+    assert load_images("cifar10/test").size is None
+
+
+def test_a_set_of_unknown_count_is_not_counted(monkeypatch, tmp_path):
+    monkeypatch.setenv("DLSR_DATA", str(tmp_path / "data"))
+    write_folder(tmp_path / "data" / "imagenet100" / "train" / "n01440764", 3)
+    images = load_images("imagenet100/train")
+    assert images.name == "imagenet100/train"
+    assert images.labels == ["n01440764"] * 3
+
+
+def test_sets_here_are_those_that_need_no_download(pack, tmp_path):
+    built_in = [key for key, row in DATASETS.items() if row.source == "scikit-learn"]
+    assert sets_here() == [*built_in, "cifar10/test"]
+    write_folder(tmp_path / "data" / "sun" / "test", 1)
+    write_folder(tmp_path / "cache" / "data" / "isun" / "test", 1)
+    assert set(sets_here()) == {*built_in, "cifar10/test", "sun/test", "isun/test"}
+
+
+@pytest.mark.parametrize("get", [load_images, download])
+def test_a_set_without_an_address_says_where_to_put_it_and_what_is_here(get, pack):
+    with pytest.raises(UserError, match="no address") as error:
+        get("imagenet100/train")
+    text = one_sentence(error)
+    assert "$DLSR_DATA/imagenet100/train/<class>/*.JPEG" in text
+    assert str(data_folder()) in text
+    assert f"Here are: {', '.join(sets_here())}; `dlsr sets --download NAME` gets others." in text
+    assert "cifar10/test, " not in text.replace(", ".join(sets_here()), "")
+
+
+def test_download_takes_registered_names_alone(tmp_path):
+    assert download("digits/test").ids == load_images("digits/test").ids
+    with pytest.raises(UserError, match="no known image set") as error:
+        download(str(tmp_path))
+    assert "cifar10/test" in one_sentence(error)
+
+
+# torchvision's classes
+
+TORCHVISION_ROWS = [row for row in DATASETS.values() if row.torchvision]
+
+
+@pytest.mark.parametrize("row", TORCHVISION_ROWS, ids=lambda row: row.key)
+def test_torchvision_has_the_classes_and_takes_the_arguments(row):
+    signature = inspect.signature(getattr(torchvision.datasets, row.torchvision))
+    for options in LOADERS[row.torchvision].calls[row.split]:
+        signature.bind("root", **options, download=True)
+
+
+def test_every_set_that_can_be_downloaded_is_in_one_way():
+    assert {row.torchvision for row in TORCHVISION_ROWS} == set(LOADERS)
+    for row in DATASETS.values():
+        assert not (row.torchvision and row.archive)
+
+
+def read_back(monkeypatch, key, n):
+    """The set as it is read where it has n images, checked as the encoder needs it."""
+    monkeypatch.setitem(datasets.DATASETS, key, replace(DATASETS[key], images=n, whole=0))
+    images = download(key)
+    assert len(images) == len(images.ids) == len(images.labels) == n
+    assert len(set(images.ids)) == n
+    for i in range(n):
+        assert images.image(i).mode == "RGB"
+        assert isinstance(images.labels[i], str)
+        assert images.read(i).dtype == np.uint8
+    return images
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """torchvision's own classes, on files made here: their checksums are not asked for."""
+    for kind in ("SVHN", "Omniglot", "Places365", "CelebA"):
+        monkeypatch.setattr(getattr(torchvision.datasets, kind), "_check_integrity", lambda *_: True)
+    monkeypatch.setattr(torchvision.datasets.SVHN, "download", lambda _: None)
+    return cache_folder() / "torchvision"
+
+
+def test_svhn_is_read_from_torchvisions_file(unchecked, monkeypatch):
+    pixels = random_pixels(3, size=(32, 32))
+    unchecked.mkdir(parents=True)
+    scipy.io.savemat(
+        unchecked / "test_32x32.mat", {"X": pixels.transpose(1, 2, 3, 0), "y": np.array([[10], [3], [1]])}
+    )
+    images = read_back(monkeypatch, "svhn/test", 3)
+    assert images.labels == ["0", "3", "1"]
+    assert images.size == (32, 32)
+    assert all(np.array_equal(np.asarray(images.image(i)), pixels[i]) for i in range(3))
+    assert "svhn/test" in sets_here()
+
+
+def test_mnists_kin_are_read_from_torchvisions_files(monkeypatch):
+    raw = cache_folder() / "torchvision" / "KMNIST" / "raw"
+    raw.mkdir(parents=True)
+    pixels = random_pixels(2, size=(28, 28))[..., 0]
+    for kind in ("train", "t10k"):
+        (raw / f"{kind}-images-idx3-ubyte").write_bytes(
+            np.array([2051, 2, 28, 28], ">i4").tobytes() + pixels.tobytes()
+        )
+        (raw / f"{kind}-labels-idx1-ubyte").write_bytes(np.array([2049, 2], ">i4").tobytes() + b"\1\0")
+    images = read_back(monkeypatch, "kmnist/test", 2)
+    assert images.labels == [torchvision.datasets.KMNIST.classes[i] for i in (1, 0)]
+    assert np.array_equal(np.asarray(images.image(1))[..., 2], pixels[1])
+
+
+def test_textures_are_all_three_parts_of_torchvisions_folder(monkeypatch):
+    folder = cache_folder() / "torchvision" / "dtd" / "dtd"
+    (folder / "labels").mkdir(parents=True)
+    for i, split in enumerate(("train", "val", "test")):
+        write_folder(folder / "images" / split, 1, seed=i)
+        (folder / "images" / split / "000.png").rename(folder / "images" / split / f"{split}_0.png")
+        (folder / "labels" / f"{split}1.txt").write_text(f"{split}/{split}_0.png\n")
+    images = read_back(monkeypatch, "textures/test", 3)
+    assert images.ids == ["train/train_0.png", "val/val_0.png", "test/test_0.png"]
+    assert images.labels == ["train", "val", "test"]
+    assert np.array_equal(np.asarray(images.image(2)), random_pixels(1, seed=2)[0])
+
+
+def test_omniglot_is_read_from_torchvisions_folder(unchecked, monkeypatch):
+    folder = unchecked / "omniglot-py" / "images_evaluation"
+    write_folder(folder / "Atlantean" / "character01", 2)
+    write_folder(folder / "Tengwar" / "character01", 1)
+    images = read_back(monkeypatch, "omniglot/test", 3)
+    assert images.labels == ["Atlantean/character01"] * 2 + ["Tengwar/character01"]
+    assert images.ids[2] == "Tengwar/character01/000.png"
+
+
+def test_places365_is_read_from_torchvisions_folder(unchecked, monkeypatch):
+    write_folder(unchecked / "val_256", 2)
+    (unchecked / "categories_places365.txt").write_text("/z/zoo 0\n/a/airfield 1\n")
+    (unchecked / "places365_val.txt").write_text("000.png 1\n001.png 0\n")
+    images = read_back(monkeypatch, "places365/val", 2)
+    assert images.ids == ["000.png", "001.png"]
+    assert images.labels == ["/a/airfield", "/z/zoo"]
+
+
+def test_celeba_is_read_from_torchvisions_folder(unchecked, monkeypatch):
+    folder = unchecked / "celeba"
+    write_folder(folder / "img_align_celeba", 3)
+    tables = {
+        "list_eval_partition.txt": [[0], [2], [2]],
+        "identity_CelebA.txt": [[7], [8], [9]],
+        "list_bbox_celeba.txt": [[0, 0, 5, 6]] * 3,
+        "list_landmarks_align_celeba.txt": [[1, 2]] * 3,
+        "list_attr_celeba.txt": [[1, -1]] * 3,
+    }
+    for name, rows in tables.items():
+        with (folder / name).open("w", newline="") as file:
+            table = csv.writer(file, delimiter=" ")
+            if name.split("_")[1] in ("bbox", "landmarks", "attr"):
+                table.writerows([[3], ["head"]])
+            table.writerows([f"{i:03d}.png", *row] for i, row in enumerate(rows))
+    images = read_back(monkeypatch, "celeba/test", 2)
+    assert images.ids == ["001.png", "002.png"]
+    assert images.labels == ["8", "9"]
+    assert images.size is None  # the pack's images have half the size
+
+
+def test_torchvision_is_asked_to_download_until_it_has_the_set(monkeypatch):
+    asked = []
+
+    def svhn(root, *, split, download):
+        asked.append((split, download))
+        if len(asked) in (1, 4):
+            raise RuntimeError("Dataset not found or corrupted.")
+        return SimpleTorchvision()
+
+    class SimpleTorchvision:
+        labels = torch.tensor([1, 0]).numpy()
+
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, i):
+            return Image.fromarray(random_pixels(2)[i]), 0
+
+    monkeypatch.setattr(torchvision.datasets, "SVHN", svhn)
+    monkeypatch.setitem(datasets.DATASETS, "svhn/test", replace(DATASETS["svhn/test"], whole=2))
+    for outcome in (False, True, True, False, True):
+        if outcome:
+            assert load_images("svhn/test").labels == ["1", "0"]
+        else:
+            with pytest.raises(UserError, match="could not download it"):
+                load_images("svhn/test")
+        assert ("svhn/test" in sets_here()) is outcome
+    assert [fetch for _, fetch in asked] == [True, True, False, False, True]
+    assert {split for split, _ in asked} == {"test"}
+
+
+# Archives
+
+
+def tar_of(files, *, links=()):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+        for name, target in links:
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = tarfile.SYMTYPE, target
+            tar.addfile(member)
+    return buffer.getvalue()
+
+
+def zip_of(files, *, links=()):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+        for name, target in links:
+            info = zipfile.ZipInfo(name)
+            info.external_attr = (stat.S_IFLNK | 0o777) << 16
+            archive.writestr(info, target)
+    return buffer.getvalue()
+
+
+MAKERS = {"set.tar.gz": tar_of, "set.zip": zip_of}
+PIXELS = random_pixels(4, seed=5, size=(32, 32))
+FILES = {
+    "top/": b"",
+    "top/images/b/2.png": encoded(PIXELS[2]),
+    "top/images/a/0.png": encoded(PIXELS[0]),
+    "./top/images/a/1.png": encoded(PIXELS[1]),
+    "top/images/a/._1.png": b"of another system",
+    "top/images/a/empty.png": b"",
+    "top/images/readme.txt": b"not an image",
+    "top/other/3.png": encoded(PIXELS[3]),
+}
+
+
+class Server:
+    """Stands for the network: one file, served whole or in part."""
+
+    def __init__(self, content, *, ranges=True, cut=None, failure=None):
+        self.content, self.ranges, self.cut, self.failure = content, ranges, cut, failure
+        self.requests = []
+
+    def __call__(self, request, *, timeout):
+        assert 1 <= timeout <= 120
+        self.requests.append((request.full_url, request.get_header("Range")))
+        if self.failure:
+            raise self.failure
+        asked = request.get_header("Range")
+        start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and self.ranges else 0
+        if start and start >= len(self.content):
+            raise urllib.error.HTTPError(request.full_url, 416, "Range Not Satisfiable", {}, None)
+        body = io.BytesIO(self.content[start : self.cut])
+        body.status = 206 if start else 200
+        body.headers = {"Content-Length": str(len(self.content) - start)}
+        return body
+
+
+@pytest.fixture
+def archive(monkeypatch, tmp_path):
+    """Registers an archive as lsun_resize/test, and gives the server that has it."""
+    monkeypatch.setenv("DLSR_DATA", str(tmp_path / "data"))
+
+    def register(content=None, *, name="set.tar.gz", images=3, labels="", **server):
+        content = MAKERS[name](FILES) if content is None else content
+        md5 = hashlib.md5(content).hexdigest()
+        kept = Archive(f"https://host.example/place/{name}?dl=1", md5, "top/images", "*.png", labels)
+        row = replace(DATASETS["lsun_resize/test"], images=images, archive=kept)
+        monkeypatch.setitem(datasets.DATASETS, row.key, row)
+        served = Server(content, **server)
+        monkeypatch.setattr(urllib.request, "urlopen", served)
+        return served
+
+    return register
+
+
+def downloads():
+    return cache_folder() / "downloads"
+
+
+def all_files(folder):
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+
+
+def check_lsun(images):
+    assert images.name == "lsun_resize/test"
+    assert images.ids == ["a/0.png", "a/1.png", "b/2.png"]
+    assert images.labels == ["a", "a", "b"]
+    assert images.size == (32, 32)
+    assert all(np.array_equal(np.asarray(images.image(i)), PIXELS[i]) for i in range(3))
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_an_archive_is_downloaded_once_and_only_its_set_is_kept(name, archive, tmp_path):
+    server = archive(name=name)
+    assert "lsun_resize/test" not in sets_here()
+    check_lsun(load_images("lsun_resize/test"))
+    assert server.requests == [(f"https://host.example/place/{name}?dl=1", None)]
+    assert all_files(tmp_path / "cache") == {
+        f"data/lsun_resize/test/{x}" for x in ("a/0.png", "a/1.png", "b/2.png")
+    }
+    assert "lsun_resize/test" in sets_here()
+    check_lsun(download("lsun_resize/test"))
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("ranges", [True, False], ids=["ranges", "no ranges"])
+def test_a_broken_download_goes_on_where_the_server_can(ranges, archive):
+    server = archive(cut=1000, ranges=ranges)
+    with pytest.raises(UserError, match="broke at 1,000 of") as error:
+        load_images("lsun_resize/test")
+    assert "host.example" in one_sentence(error)
+    assert all_files(downloads()) == {"set.tar.gz.part"}
+    server.cut = None
+    check_lsun(load_images("lsun_resize/test"))
+    assert [asked for _, asked in server.requests] == [None, "bytes=1000-"]
+
+
+def test_a_part_longer_than_the_file_is_replaced(archive):
+    server = archive()
+    downloads().mkdir(parents=True)
+    (downloads() / "set.tar.gz.part").write_bytes(b"x" * (len(server.content) + 1))
+    check_lsun(load_images("lsun_resize/test"))
+    assert [asked for _, asked in server.requests] == [f"bytes={len(server.content) + 1}-", None]
+
+
+def test_a_download_with_another_checksum_is_put_aside(archive):
+    server = archive()
+    right, server.content = server.content, b"<html>Too many downloads</html>"
+    with pytest.raises(UserError, match="md5") as error:
+        load_images("lsun_resize/test")
+    text = one_sentence(error)
+    for part in (hashlib.md5(server.content).hexdigest(), hashlib.md5(right).hexdigest(), "set.tar.gz.wrong"):
+        assert part in text
+    assert (downloads() / "set.tar.gz.wrong").read_bytes() == server.content
+    assert all_files(downloads()) == {"set.tar.gz.wrong"}
+    server.content = right
+    check_lsun(load_images("lsun_resize/test"))
+
+
+@pytest.mark.parametrize(
+    "failure", [urllib.error.URLError("no route"), TimeoutError("timed out"), ConnectionResetError("reset")]
+)
+def test_a_host_that_fails_is_named_with_the_way_by_hand(failure, archive):
+    archive(failure=failure)
+    with pytest.raises(UserError, match="could not be downloaded") as error:
+        load_images("lsun_resize/test")
+    text = one_sentence(error)
+    assert "https://host.example/place/set.tar.gz" in text
+    assert "$DLSR_DATA/downloads/set.tar.gz" in text
+    assert "$DLSR_DATA/lsun_resize/test/" in text
+    assert ".parquet" not in text
+    assert str(data_folder()) in text
+    assert ", ".join(sets_here()) in text
+
+
+def test_an_archive_put_there_by_hand_is_used_and_left(archive):
+    server = archive(failure=OSError("no network"))
+    file = data_folder() / "downloads" / "set.tar.gz"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"another file")
+    with pytest.raises(UserError, match=r"set\.tar\.gz has the md5") as error:
+        load_images("lsun_resize/test")
+    assert hashlib.md5(server.content).hexdigest() in one_sentence(error)
+    file.write_bytes(server.content)
+    check_lsun(load_images("lsun_resize/test"))
+    assert file.read_bytes() == server.content
+    assert server.requests == []
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("evil", ["../evil.png", "top/images/../../../evil.png", "/evil.png", "C:\\evil.png"])
+def test_an_archive_that_writes_outside_its_folder_is_refused(evil, name, archive, tmp_path):
+    archive(MAKERS[name]({**FILES, evil: FILES["top/images/a/0.png"]}), name=name)
+    with pytest.raises(UserError, match="outside") as error:
+        load_images("lsun_resize/test")
+    assert "evil.png" in one_sentence(error)
+    assert all_files(tmp_path) == {f"cache/downloads/{name}"}
+    assert not Path("/evil.png").exists()
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_link_in_an_images_place_is_refused(name, archive, tmp_path):
+    (tmp_path / "secret.png").write_bytes(FILES["top/images/a/0.png"])
+    archive(MAKERS[name](FILES, links=[("top/images/z.png", str(tmp_path / "secret.png"))]), name=name)
+    with pytest.raises(UserError, match=r"link or device as top/images/z\.png"):
+        load_images("lsun_resize/test")
+    assert all_files(tmp_path) == {f"cache/downloads/{name}", "secret.png"}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_linked_folder_leads_nowhere(name, archive, tmp_path):
+    """A link before the files that would go through it: no link is ever made."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    files = {"top/images/a/0.png": FILES["top/images/a/0.png"]}
+    archive(MAKERS[name](files, links=[("top/images/a", str(outside))]), name=name, images=1)
+    assert load_images("lsun_resize/test").ids == ["a/0.png"]
+    assert list(outside.iterdir()) == []
+
+
+def test_an_archive_of_another_count_is_refused_and_not_taken_later(archive, tmp_path):
+    archive(images=4)
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"holds 3 images .*the whole set has 4") as error:
+            load_images("lsun_resize/test")
+        one_sentence(error)
+    assert all_files(tmp_path) == {"cache/downloads/set.tar.gz"}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_damaged_archive_is_refused_by_name(name, archive, tmp_path):
+    archive(MAKERS[name](FILES)[:-200], name=name)
+    with pytest.raises(UserError, match=f"{name} is damaged") as error:
+        load_images("lsun_resize/test")
+    one_sentence(error)
+    assert all_files(tmp_path) == {f"cache/downloads/{name}"}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_labels_come_from_the_file_that_lists_them(name, archive):
+    files = {
+        "top/images/0.png": encoded(PIXELS[0]),
+        "top/notes.txt": b"1.png\tn02\t0\t32\n0.png\tn01\t5\t6\nnone.png\tn03\n",
+        "top/images/1.png": encoded(PIXELS[1]),
+        "top/images/2.png": encoded(PIXELS[2]),
+    }
+    archive(MAKERS[name](files), name=name, labels="top/notes.txt")
+    images = load_images("lsun_resize/test")
+    assert images.ids == ["2.png", "n01/0.png", "n02/1.png"]
+    assert images.labels == [".", "n01", "n02"]
+    assert np.array_equal(np.asarray(images.image(2)), PIXELS[1])
+
+
+@pytest.mark.parametrize("line", [b"0.png ../../..", b"../0.png a"])
+def test_labels_that_lead_outside_are_refused(line, archive, tmp_path):
+    files = {"top/images/0.png": encoded(PIXELS[0]), "top/notes.txt": line}
+    archive(tar_of(files), labels="top/notes.txt")
+    with pytest.raises(UserError, match="outside"):
+        load_images("lsun_resize/test")
+    assert all_files(tmp_path) == {"cache/downloads/set.tar.gz"}
+
+
+def test_every_archive_has_an_address_a_checksum_and_a_name_of_its_own():
+    archives = [row.archive for row in DATASETS.values() if row.archive]
+    assert len({a.file for a in archives}) == len({a.md5 for a in archives}) == len(archives) == 7
+    for a in archives:
+        assert a.url.startswith("https://")
+        assert len(a.md5) == 32
+        assert a.file.endswith((".tar.gz", ".zip"))
+
+
+LAYOUTS = [
+    ("lsun_crop/test", "LSUN/test/test_0000001.png"),
+    ("lsun_resize/test", "LSUN_resize/LSUN_resize/0.jpg"),
+    ("isun/test", "iSUN/iSUN_patches/1.jpeg"),
+    ("sun/test", "SUN/images/sun_a.jpg"),
+    ("inaturalist/test", "iNaturalist/images/a.jpg"),
+    ("notmnist/test", "notMNIST_small/A/Q3==.png"),
+    ("tiny_imagenet/val", "tiny-imagenet-200/val/images/val_0.JPEG"),
+]
+
+
+@pytest.mark.parametrize(("key", "image"), LAYOUTS)
+def test_the_published_layouts_are_found(key, image, monkeypatch):
+    others = {"elsewhere/1.png": b"x", "tiny-imagenet-200/test/images/test_0.JPEG": b"x"}
+    row = DATASETS[key]
+    files = {image: encoded(PIXELS[0], "PNG"), **others}
+    if row.archive.labels:
+        files[row.archive.labels] = b"val_0.JPEG\tn0344\t0\t32\t44\t62\n"
+    content = MAKERS["set.zip" if row.archive.file.endswith(".zip") else "set.tar.gz"](files)
+    kept = replace(row.archive, md5=hashlib.md5(content).hexdigest())
+    monkeypatch.setitem(datasets.DATASETS, key, replace(row, images=1, whole=0, archive=kept))
+    monkeypatch.setattr(urllib.request, "urlopen", Server(content))
+    images = download(key)
+    assert images.name == key
+    assert images.ids[0].endswith(Path(image).name)
+    assert images.labels == [{"notmnist": "A", "tiny_imagenet": "n0344"}.get(row.name, ".")]
 
 
 @pytest.mark.real_data("DLSR_DATA")
