@@ -61,13 +61,20 @@ class Encoder:
         """sha256 of the weights' file."""
         return hashlib.sha256(self.weights_file().read_bytes()).hexdigest()
 
-    def build(self) -> "FrozenEncoder":
-        """The model with its weights loaded: never with random ones."""
+    def channels(self) -> tuple[int, ...]:
+        """The widths of the layers, which need no weights."""
+        return tuple(self._model().feature_info.channels())
+
+    def _model(self) -> nn.Module:
         arguments = {} if self.layers is None else {"out_indices": self.layers}
         try:
-            model = timm.create_model(self.tag, pretrained=False, features_only=True, **arguments)
+            return timm.create_model(self.tag, pretrained=False, features_only=True, **arguments)
         except (RuntimeError, AttributeError, AssertionError, IndexError, TypeError) as error:
             raise UserError(f"timm cannot read layers {self.layers} of {self.tag} ({error}).") from error
+
+    def build(self) -> "FrozenEncoder":
+        """The model with its weights loaded: never with random ones."""
+        model = self._model()
         for module in self.identity:
             parent, _, child = module.rpartition(".")
             setattr(model.get_submodule(parent), child, nn.Identity())

@@ -1,16 +1,20 @@
 """Features: each image once through the frozen encoder, kept on disk, memory-mapped afterwards."""
 
+import ast
 import ctypes
 import hashlib
+import io
 import json
 import os
 import shutil
 import sys
 import time
+import tokenize
 import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +31,8 @@ TRANSFORM_VERSION = 1  # raise it when the way from an image to its features cha
 PART = 1024  # images a part; a killed run loses at most one part
 DELTA = 1e-5  # keeps a constant layer from dividing by zero, as in the released code
 ON_ERROR = ("raise", "skip")
+CODE = ("encoders", "features", "datasets.to_rgb", "datasets.resize", "datasets.resize_chain")
+SPOT_CHECK = 8  # images extracted again when the code has changed since
 DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)  # of a file cut short
 
 
@@ -149,15 +155,15 @@ def extract(
         raise UserError(f"on_error={on_error!r} is unknown; choose one of {', '.join(ON_ERROR)}.")
     chain = resize_chain(protocol, size=images.size, id_size=id_size)
     weights_sha256 = encoder.weights_sha256()
+    device = pick_device(device)
     if images.whole is not None:
         whole = _key(images.whole, encoder, weights_sha256, chain)
-        if (whole.folder() / "features.json").is_file():
+        if _is_kept(whole, images.whole, encoder, device):
             features = load(whole, images.whole)
             if np.isin(images.rows, features.rows).all():
                 return features.take(images.rows)
     key = _key(images, encoder, weights_sha256, chain)
-    if not (key.folder() / "features.json").is_file():
-        device = pick_device(device)
+    if not _is_kept(key, images, encoder, device):
         batch_size = batch_size or (256 if device == "cuda" else 32)
         _extract_to(key, images, encoder, batch_size, device, on_error, progress)
     features = load(key, images)
@@ -171,6 +177,40 @@ def extract(
             raise UserError(f"{what}. Mend them, or pass on_error='skip' (--skip-unreadable).")
         tqdm.write(f"{what}; they are left out.")
     return features
+
+
+def _is_kept(key: Key, images: ImageSet, encoder: Encoder, device: str) -> bool:
+    """Whether the cache holds these features as this code would make them; if not, it is emptied."""
+    file = key.folder() / "features.json"
+    try:
+        if not file.is_file():
+            return False
+        if json.loads(file.read_text()).get("code") == code_hash(*CODE):
+            return True
+    except DAMAGE:
+        return True  # `load` says what is wrong
+    if _spot_check(key, images, encoder, device):
+        return True
+    tqdm.write(f"The code gives other features of {images.name} than before; they are extracted again.")
+    shutil.rmtree(key.folder())
+    return False
+
+
+def _spot_check(key: Key, images: ImageSet, encoder: Encoder, device: str) -> bool:
+    """Whether this code gives the kept features for the first images; then they are its own."""
+    features = load(key, images)
+    rows = [int(row) for row in features.rows[:SPOT_CHECK]]
+    model = encoder.build().to(device)
+    with tqdm(disable=True) as bar:
+        again = _run(model, _Pixels(images, key.chain), rows, SPOT_CHECK, device, "raise", bar)["values"]
+    same = again.shape == features.values[: len(rows)].shape and np.allclose(
+        again, features.values[: len(rows)], rtol=1e-2, atol=1e-3
+    )
+    if same:
+        file = key.folder() / "features.json"
+        about = json.loads(file.read_text()) | {"code": code_hash(*CODE)}
+        replace_file(file, lambda path: path.write_text(json.dumps(about, indent=1)))
+    return same
 
 
 def load(key: Key, images: ImageSet) -> Features:
@@ -217,6 +257,40 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+@cache
+def code_hash(*parts: str) -> str:
+    """12 digits of a hash of the package's code, less comments, docstrings and empty lines.
+
+    A part is a file (``"features"``) or one function or class of it (``"datasets.resize"``).
+    """
+    digest = hashlib.sha256()
+    for part in parts:
+        module, _, name = part.partition(".")
+        source = Path(__file__).with_name(f"{module}.py").read_text("utf-8")
+        tree = ast.parse(source)
+        lines = _without_comments(source, tree)
+        node = next((n for n in tree.body if getattr(n, "name", None) == name), None)
+        chosen = lines[node.lineno - 1 : node.end_lineno] if node else lines
+        digest.update("\n".join(line for line in chosen if line).encode())
+    return digest.hexdigest()[:12]
+
+
+def _without_comments(source: str, tree: ast.Module) -> list[str]:
+    """The file's lines; those of docstrings are empty."""
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
+            node, clean=False
+        ):
+            first = node.body[0]
+            lines[first.lineno - 1 : first.end_lineno] = [""] * (first.end_lineno - first.lineno + 1)
+    return [line.rstrip() for line in lines]
 
 
 def keep_freed_memory() -> None:
@@ -339,6 +413,7 @@ def _join(key: Key, parts: list[Path], channels: tuple[int, ...], device: str) -
         "images_per_second": len(rows) / seconds,
         "device": device,
         "key": asdict(key),
+        "code": code_hash(*CODE),
     }
     replace_file(folder / "features.npy", write_values)
     replace_file(folder / "rows.npy", write_rows)

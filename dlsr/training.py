@@ -18,11 +18,12 @@ from tqdm import tqdm
 
 from dlsr.datasets import UserError, cache_folder
 from dlsr.diffusion import T, add_noise, noise_schedule
-from dlsr.features import check_finite, pick_device, replace_file
+from dlsr.features import check_finite, code_hash, pick_device, replace_file
 from dlsr.lfdn import LFDN
 
 CHECKPOINT_VERSION = 1
 EMA_DECAY = 0.9999
+CODE = ("lfdn", "diffusion", "training")  # what a trained network depends on, beside its data
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,10 @@ def diffusion_loss(
 
 
 def checkpoint_file(z0: np.ndarray, settings: TrainingSettings) -> Path:
-    """Where the cache keeps the network of these features and settings: none is trained twice."""
+    """Where the cache keeps the network of these features, settings and code: none is trained twice."""
     digest = hashlib.sha256(as_json(asdict(settings)).encode())
     digest.update(_sha256(z0).encode())
+    digest.update(code_hash(*CODE).encode())
     return cache_folder() / "networks" / f"{digest.hexdigest()[:20]}.safetensors"
 
 

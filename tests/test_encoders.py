@@ -177,6 +177,19 @@ def test_any_convolutional_timm_model_loads_the_hubs_weights(tag, tmp_path):
     assert (values[0] - values[1]).abs().max() > 0
 
 
+@pytest.mark.parametrize(
+    ("name", "channels"),
+    [
+        ("efficientnet_b4", (24, 32, 56, 160, 448)),
+        ("efficientnet_b4_without_last_block", (24, 32, 56, 160, 448)),
+        ("resnet50", (256, 512, 1024)),
+        ("efficientnet_lite0", (16, 24, 40, 112, 320)),
+    ],
+)
+def test_the_layers_widths_need_no_weights(name, channels):
+    assert get_encoder(name).channels() == channels
+
+
 def test_in_order_wants_equal_shapes():
     given = {"a": torch.zeros(2), "b": torch.ones(3)}
     renamed = in_order(given, {"x": torch.empty(2), "y": torch.empty(3)})

@@ -1,10 +1,11 @@
 import errno
 import itertools
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import FakeEncoder, image_set, one_sentence, write_folder
+from conftest import ROOT, FakeEncoder, image_set, one_sentence, write_folder
 
 from dlsr import features as module
 from dlsr.datasets import UserError, load_images
@@ -325,3 +326,170 @@ def test_take_leaves_what_belongs_to_the_extraction(encoder):
     assert isinstance(part, Features)
     assert (part.key, part.channels, part.device) == (features.key, features.channels, features.device)
     assert part.ids == ["image1", "image4"]
+
+
+# Other code
+
+
+@pytest.fixture
+def hashed(tmp_path, monkeypatch):
+    """The hash of a file that stands in the package's place."""
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "features.py"))
+
+    def hash_of(source, *parts):
+        (tmp_path / "file.py").write_text(source, "utf-8")
+        return module.code_hash.__wrapped__(*(parts or ["file"]))
+
+    return hash_of
+
+
+PLAIN = """import os
+
+
+class Box:
+    def open(self, key):
+        return key + 1
+
+
+def shut(box, text="# no comment"):
+    return text
+"""
+TOLD = '''"""What the file is."""
+
+import os  # for nothing
+
+
+class Box:
+    """A box.
+
+    In two paragraphs.
+    """
+
+    # a comment – with a dash
+
+    def open(self, key):
+        """Open it."""
+        return key + 1   # one more
+
+
+
+def shut(box, text="# no comment"):
+
+    return text
+'''
+
+
+def test_comments_docstrings_and_empty_lines_do_not_change_the_codes_hash(hashed):
+    assert len(hashed(PLAIN)) == 12
+    assert hashed(PLAIN) == hashed(TOLD) == hashed(PLAIN)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("key + 1", "key + 2"),
+        ("# no comment", "# another"),
+        ("import os", "import io"),
+        ("    return text", "    return  text"),
+    ],
+)
+def test_any_code_changes_the_codes_hash(old, new, hashed):
+    assert hashed(PLAIN.replace(old, new)) != hashed(PLAIN)
+    assert hashed(TOLD.replace(old, new)) == hashed(PLAIN.replace(old, new))
+
+
+def test_one_function_is_hashed_alone(hashed):
+    before = hashed(PLAIN, "file.shut"), hashed(PLAIN, "file.Box"), hashed(PLAIN)
+    changed = PLAIN.replace("key + 1", "key + 2")
+    after = hashed(changed, "file.shut"), hashed(changed, "file.Box"), hashed(changed)
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, False]
+    assert hashed(TOLD, "file.Box") == before[1]
+    assert hashed(PLAIN, "file.shut", "file.Box") not in before
+
+
+def test_the_parts_of_the_features_code_are_there():
+    """A name that is not in its file would silently stand for all of it."""
+    for part in module.CODE:
+        file, _, name = part.partition(".")
+        assert not name or f"def {name}(" in (ROOT / "dlsr" / f"{file}.py").read_text("utf-8")
+
+
+def recorded(features):
+    return json.loads((features.key.folder() / "features.json").read_text())
+
+
+def made_by_other_code(features):
+    file = features.key.folder() / "features.json"
+    file.write_text(json.dumps(recorded(features) | {"code": "0" * 12}))
+
+
+class Turned(FakeEncoder):
+    """The same weights' file, but other values."""
+
+    def build(self):
+        model = super().build()
+        model.weights = -model.weights
+        return model
+
+
+def test_features_of_this_code_are_not_checked(encoder):
+    first = quiet(image_set(12), encoder)
+    assert recorded(first)["code"] == module.code_hash(*module.CODE)
+    assert np.array_equal(quiet(image_set(12), Turned()).values, first.values)
+
+
+@pytest.mark.parametrize("n", [3, 12])
+def test_features_of_other_code_are_kept_where_it_gives_the_same(n, encoder):
+    """Of the first images alone, and once."""
+    first = quiet(image_set(n), encoder)
+    about = recorded(first)
+    made_by_other_code(first)
+    again = quiet(image_set(n), encoder)
+    assert encoder.images == n + min(n, module.SPOT_CHECK)
+    assert np.array_equal(again.values, first.values)
+    assert recorded(first) == about
+    quiet(image_set(n), encoder)
+    assert encoder.images == n + min(n, module.SPOT_CHECK)
+
+
+def test_features_without_a_record_of_their_code_are_checked(encoder):
+    first = quiet(image_set(), encoder)
+    about = recorded(first)
+    (first.key.folder() / "features.json").write_text(
+        json.dumps({name: value for name, value in about.items() if name != "code"})
+    )
+    quiet(image_set(), encoder)
+    assert recorded(first) == about
+
+
+def test_features_of_other_code_are_extracted_again_where_it_gives_others(encoder, capsys):
+    first = quiet(image_set(12), encoder)
+    values = np.array(first.values)
+    made_by_other_code(first)
+    other = Turned()
+    again = quiet(image_set(12), other)
+    assert other.images == module.SPOT_CHECK + 12
+    np.testing.assert_allclose(again.values, -values, rtol=1e-5)
+    assert recorded(again)["code"] == module.code_hash(*module.CODE)
+    assert "extracted again" in capsys.readouterr().out
+    assert np.array_equal(quiet(image_set(12), other).values, again.values)
+    assert other.images == module.SPOT_CHECK + 12
+
+
+def test_the_whole_sets_features_are_checked_before_a_subset_is_taken(encoder):
+    images = image_set(20)
+    made_by_other_code(quiet(images, encoder))
+    part = images.subset(7)
+    again = quiet(part, Turned())
+    alone = quiet(image_set(20, name="b").take(part.rows), Turned(sha256="b" * 64))
+    np.testing.assert_allclose(again.values, alone.values, rtol=1e-5)
+
+
+def test_skipped_images_are_passed_over_in_the_check(folder, encoder):
+    """The first that could be read are looked at."""
+    first = quiet(load_images(folder), encoder, on_error="skip")
+    about = recorded(first)
+    made_by_other_code(first)
+    assert quiet(load_images(folder), encoder, on_error="skip").rows.tolist() == [0, 2, 3, 5]
+    assert recorded(first) == about
+    assert encoder.images == 4 + 4

@@ -298,6 +298,13 @@ def test_the_checkpoints_place_follows_from_settings_and_features(tmp_path):
     assert len(others | {file}) == 3
 
 
+def test_a_network_of_other_code_is_not_taken(monkeypatch):
+    file, asked = checkpoint_file(Z0, TINY), []
+    monkeypatch.setattr(module, "code_hash", lambda *parts: asked.extend(parts) or "changed")
+    assert checkpoint_file(Z0, TINY) != file
+    assert {"lfdn", "diffusion", "training"} <= set(asked)
+
+
 # What is refused
 
 
