@@ -1,73 +1,142 @@
-"""The registry of reproduced items, their profiles, and the few steps that each of them takes."""
+"""The registry of reproduced tables and figures, their profiles, and their values beside the paper's."""
 
+import hashlib
 import json
-import time
-import zlib
 from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
-from dlsr.datasets import DATASETS, PROTOCOLS, UserError, load_images
+from dlsr.datasets import PROTOCOLS, UserError
 from dlsr.diffusion import Reconstruction
 from dlsr.encoders import POOLINGS, get_encoder
-from dlsr.features import Features, extract
+from dlsr.experiments import HEADLINE, OURS, STAGES, Experiment, Line, layer_place, method_name, score
 from dlsr.results import (
+    AVERAGE,
+    COLUMNS,
     SetScores,
+    as_table,
     read_rows,
     results_folder,
     summarise,
-    variant_column,
     write_rows,
-    write_scores,
 )
-from dlsr.scores import all_scores
-from dlsr.training import Trained, TrainingSettings, checkpoint_file, train
+from dlsr.training import TrainingSettings
 
-HEADLINE = Reconstruction("released", t=3)
-HEADLINE_SCORES = {"mse": "all", "lr": "all", "mfsim": "2..M"}  # and their layers
-PAPER_ROWS = {"mse": "ours(+MSE)", "lr": "ours(+LR)", "mfsim": "ours(+MFsim)"}
-METHOD = "DLSR"
-
-
-@dataclass(frozen=True)
-class Profile:
-    """How large an item is run: its sets, encoder, LFDN and number of seeds."""
-
-    id_train: str
-    id_test: str
-    ood: tuple[str, ...]
-    encoder: str
-    training: TrainingSettings
-    seeds: int
+METRICS = ("auroc", "fpr95")
 
 
 @dataclass(frozen=True)
 class Item:
-    """A table or figure of the paper. ``others`` are reconstructions beside the headline one."""
+    """Tables or figures of the paper that one notebook reproduces.
+
+    ``tables`` name them in ``paper_values.json``, a metric each; ``unmeasured`` says why the profile
+    ``pack`` has no experiment.
+    """
 
     name: str
     title: str
     claim: str
-    table: str
-    profiles: Mapping[str, Profile]
-    others: tuple[Reconstruction, ...] = ()
+    profiles: Mapping[str, tuple[Experiment, ...]]
+    tables: Mapping[str, str] = field(default_factory=dict)
+    metrics: tuple[str, ...] = METRICS
+    unmeasured: str = ""
 
 
-DEMO = Profile(
+B4_PACK = "efficientnet_b4_without_last_block"
+BASE = TrainingSettings(width=720, blocks=8, epochs=30)  # the LFDN of profile pack
+DEMO = Experiment(
     "digits/train",
     "digits/test",
     ("digits_8_9/test", "photo_patches/test"),
     "efficientnet_lite0",
     TrainingSettings(width=256, blocks=4, epochs=100, lr=1e-3),
-    seeds=1,
 )
-B4_PACK = "efficientnet_b4_without_last_block"
+SIX = ("svhn/test", "lsun_crop/test", "lsun_resize/test", "isun/test", "textures/test", "places365/val")
+SEVEN = (
+    "svhn/test", "lsun_crop/test", "mnist/test", "fashion_mnist/test", "kmnist/test", "omniglot/test",
+    "notmnist/test",
+)  # fmt: skip
+PHOTOGRAPHS = ("sun/test", "inaturalist/test", "textures/test", "places365/val")
+RIVALS = ("knn", "mahalanobis", "probe")
+
+
+def pack(id_name: str, ood: Sequence[str], **options: Any) -> Experiment:
+    """An experiment at the size that two CPU cores can bear."""
+    own = {"encoder": B4_PACK, "training": BASE} | options
+    return Experiment(f"{id_name}/train", f"{id_name}/test", tuple(ood), **own)
+
+
+def whole(experiment: Experiment, **options: Any) -> Experiment:
+    """The same at the paper's size."""
+    own = {"training": TrainingSettings(), "encoder": "efficientnet_b4", "seeds": 3, "n_test": 0}
+    return replace(experiment, **own | {"downloads": True} | options)
+
+
+def demo(experiment: Experiment, **options: Any) -> Experiment:
+    """The same on scikit-learn's images, which stand for ID, near- and far-OOD."""
+    own = {name: getattr(DEMO, name) for name in ("id_train", "id_test", "ood", "encoder", "training")}
+    return replace(experiment, **own | {"seeds": 1, "n_test": 0} | options)
+
+
+def all_profiles(
+    *experiments: Experiment, pack_only: Sequence[Experiment] = ()
+) -> dict[str, tuple[Experiment, ...]]:
+    """The three profiles of an item from its experiments at the size of the pack."""
+    return {
+        "demo": tuple(dict.fromkeys(demo(experiment) for experiment in experiments)),  # one ID set
+        "pack": (*experiments, *pack_only),
+        "paper": tuple(whole(experiment) for experiment in experiments),
+    }
+
+
+LFDN_SIZES = {  # width, blocks: what the paper's Table 4 calls it
+    (720, 8): "",
+    (720, 16): "Linear=720",
+    (1440, 8): "Number of Blocks=8",
+    (1440, 16): "Linear=1440",
+}
+SWEPT = {  # the paper's t; `released` cannot take 100
+    "released": (1, 3, 10, 25, 50),
+    "paper": (1, 3, 10, 25, 50, 100),
+    "one_step": (1, 3, 10, 25, 50, 100),
+}
+SWEEP = tuple(Reconstruction(mode, t=t) for mode, ts in SWEPT.items() for t in ts)
+
+
+def _sizes(profile: str, epochs: int) -> tuple[Experiment, ...]:
+    """The four LFDNs of Table 4; an eighth of their width, and a quarter of their depth, in the demo."""
+    found = []
+    for (width, blocks), setting in LFDN_SIZES.items():
+        training = TrainingSettings(width=width, blocks=blocks, epochs=epochs)
+        one = pack("cifar100", SIX, training=training, setting=setting)
+        small = replace(DEMO.training, width=width // 8, blocks=blocks // 4)
+        found.append({
+            "demo": demo(one, training=small), "pack": one, "paper": whole(one, training=training),
+        }[profile])  # fmt: skip
+    return tuple(found)
+
+
+def _one_or_all_layers(id_name: str, ood: Sequence[str], seeds: int) -> tuple[Experiment, Experiment]:
+    """Figure 5: an LFDN on the last layer alone, and the base network."""
+    both = pack(id_name, ood, seeds=seeds, by_layer=True, setting="multi")
+    return replace(both, layers="last", setting="single", seeds=1, by_layer=False), both
+
+
+_CIFARS = (pack("cifar10", SIX, seeds=2), pack("cifar100", SIX))
+ONLY_HERE = "a set of the data pack that no table of the paper has"
+_RESNET = {
+    "demo": (demo(_CIFARS[0]),),
+    "pack": (),
+    "paper": tuple(whole(experiment, encoder="resnet50") for experiment in _CIFARS),
+}
+_NO_RESNET = "no ResNet-50 weights are in the data pack; profile paper gets them from the model hub"
+_NEAR = pack("cifar10", ["cifar100/test"], seeds=2, by_layer=True)
+_LITE0 = {"encoder": "efficientnet_lite0", "training": replace(BASE, epochs=15), "setting": "Lite0"}
 
 ITEMS = {
     item.name: item
@@ -76,40 +145,158 @@ ITEMS = {
             "00_quickstart",
             "Quickstart: handwritten digits",
             "A network trained on unlabelled ID features reconstructs those of other images worse.",
-            "",
-            {"demo": DEMO},
+            {"demo": (DEMO,)},
+        ),
+        Item(
+            "01_generative",
+            "Table 1: CIFAR-10 against seven sets",
+            "MFsim reaches 99.7 % AUROC on average, far above pixel models and the autoencoder.",
+            all_profiles(
+                pack("cifar10", SEVEN, seeds=2, baselines=("ae",)),
+                pack_only=[pack("cifar10", SEVEN, **_LITE0)],
+            ),
+            {"auroc": "table1_cifar10_generative_auroc"},
+            ("auroc",),
+        ),
+        Item(
+            "02_celeba",
+            "Table 2: CelebA against photographs",
+            "Faces are told from photographs almost without error, 300 times faster than by a pixel DDPM.",
+            all_profiles(pack("celeba", PHOTOGRAPHS, seeds=2, baselines=("ae",))),
+            {"auroc": "table2_celeba_auroc"},
+            ("auroc",),
+        ),
+        Item(
+            "03_rivals",
+            "Tables 3 and 5: CIFAR-10 and CIFAR-100 against six sets",
+            "MFsim is ahead of all rivals on average, of those that use labels too.",
+            all_profiles(
+                *(replace(experiment, baselines=RIVALS) for experiment in _CIFARS),
+                pack_only=[replace(e, ood=("scenes/test",), setting=ONLY_HERE) for e in _CIFARS],
+            ),
+            {"auroc": "table3_auroc_effb4", "fpr95": "table5_fpr95_effb4"},
+        ),
+        Item(
+            "04_lfdn_size",
+            "Table 4: width and depth of the LFDN",
+            "A wider and a deeper network is better, most of all for LR.",
+            {name: _sizes(name, epochs) for name, epochs in (("demo", 100), ("pack", 5), ("paper", 150))},
+            {"auroc": "table4_lfdn_ablation"},
+            ("auroc",),
+        ),
+        Item(
+            "06_resnet50",
+            "Tables 6 and 7: ResNet-50",
+            "The method works on another encoder's features.",
+            _RESNET,
+            {"auroc": "table6_auroc_resnet50", "fpr95": "table7_fpr95_resnet50"},
+            unmeasured=_NO_RESNET,
         ),
         Item(
             "08_near_ood",
             "Table 8: CIFAR-10 against CIFAR-100",
             "Without labels, MSE and LR are ahead of scores that use labels; MFsim is behind.",
-            "table8_cifar10_vs_cifar100",
-            {
-                "demo": replace(DEMO, ood=("digits_8_9/test",)),
-                "pack": Profile(
-                    "cifar10/train",
-                    "cifar10/test",
-                    ("cifar100/test",),
-                    B4_PACK,
-                    TrainingSettings(width=720, blocks=8, epochs=30),
-                    seeds=1,
+            all_profiles(
+                replace(
+                    _NEAR,
+                    reconstructions=(
+                        HEADLINE,
+                        Reconstruction("paper", t=3),
+                        Reconstruction("one_step", t=3),
+                        Reconstruction("one_step", t=3, noise_draws=8),
+                    ),
                 ),
-                "paper": Profile(
-                    "cifar10/train",
-                    "cifar10/test",
-                    ("cifar100/test",),
-                    "efficientnet_b4",
-                    TrainingSettings(),
-                    seeds=3,
+                pack_only=[pack("cifar10", ["cifar100/test"], **_LITE0)],
+            ),
+            {"auroc": "table8_cifar10_vs_cifar100", "fpr95": "table8_cifar10_vs_cifar100"},
+        ),
+        Item(
+            "09_diffguard",
+            "Table 9: beside DiffGuard",
+            "On CIFAR-100 DiffGuard, which uses labels, is ahead; on TinyImageNet it is far behind.",
+            all_profiles(pack("cifar10", ["cifar100/test", "tiny_imagenet/val"], seeds=2)),
+            {"auroc": "table9_diffguard", "fpr95": "table9_diffguard"},
+        ),
+        Item(
+            "10_lmd",
+            "Table 10: beside LMD",
+            "The method is ahead of a pixel diffusion model on average, by what it gains on near-OOD.",
+            all_profiles(
+                pack("cifar10", ["cifar100/test", "svhn/test"], seeds=2),
+                pack("cifar100", ["cifar10/test", "svhn/test"]),
+            ),
+            {"auroc": "table10_lmd_auroc"},
+            ("auroc",),
+        ),
+        Item(
+            "11_ae_vae",
+            "Table 11: AE and VAE on the same features",
+            "On the same features and with MFsim, diffusion is ahead of a VAE, and both of an AE.",
+            all_profiles(pack("cifar10", SEVEN, seeds=2, baselines=("ae", "vae"))),
+            {"auroc": "table11_ae_vae_features_auroc"},
+            ("auroc",),
+        ),
+        Item(
+            "12_imagenet100",
+            "Table 12: ImageNet-100",
+            "On ImageNet-100 MSE is ahead of scores that use labels, but LR and iNaturalist are weak.",
+            {
+                "demo": (demo(DEMO),),
+                "pack": (),
+                "paper": (
+                    whole(
+                        Experiment(
+                            "imagenet100/train", "imagenet100/val", PHOTOGRAPHS, "", TrainingSettings()
+                        )
+                    ),
                 ),
             },
-            (
-                Reconstruction("paper", t=3),
-                Reconstruction("one_step", t=3),
-                Reconstruction("one_step", t=3, noise_draws=8),
+            {"auroc": "table12_imagenet100", "fpr95": "table12_imagenet100"},
+            unmeasured="ImageNet-100 is not in the data pack and cannot be downloaded without an account; "
+            "profile paper reads your own folder of it",
+        ),
+        Item(
+            "23_histograms",
+            "Figures 3 and 9: MFsim after the first and the last epoch",
+            "Training brings ID images' reconstructions nearer and so draws the histograms apart.",
+            all_profiles(pack("cifar10", SIX)),
+        ),
+        Item(
+            "24_timestep",
+            "Figure 4: which timestep t",
+            "t = 1 is bad, 3 to 10 is best, larger t is worse.",
+            {
+                name: tuple(replace(experiment, reconstructions=SWEEP) for experiment in experiments)
+                for name, experiments in all_profiles(pack("cifar10", SIX, n_test=2000)).items()
+            },
+        ),
+        Item(
+            "25_layers",
+            "Figure 5: the last layer alone, or all",
+            "Five layers are better than the last alone, most of all for MFsim on CIFAR-100.",
+            all_profiles(
+                *_one_or_all_layers("cifar10", SIX, 2),
+                *_one_or_all_layers("cifar100", SIX, 1),
+                *_one_or_all_layers("celeba", PHOTOGRAPHS, 2),
             ),
+            {"auroc": "figure5_single_vs_multi_layer"},
+            ("auroc",),
+        ),
+        Item(
+            "26_histograms_resnet50",
+            "Figures 6 and 7: MFsim on ResNet-50",
+            "The histograms draw apart on ResNet-50's features too.",
+            _RESNET,
+            unmeasured=_NO_RESNET,
         ),
     )
+}
+
+
+REPORTS = {  # notebooks that only read results
+    "30_deviations": "Where paper, released code and this project differ",
+    "31_coverage": "What is measured",
+    "32_results": "All results",
 }
 
 
@@ -121,11 +308,14 @@ class Parameters:
     encoder: str = ""
     seeds: int = 0
     n_train: int = 0
+    n_test: int = 0
     width: int = 0
     blocks: int = 0
     epochs: int = 0
-    protocol: str = "native"
-    pooling: str = "gap"
+    t: int = 0
+    layers: str = ""
+    protocol: str = ""
+    pooling: str = ""
 
 
 @dataclass(frozen=True)
@@ -133,22 +323,19 @@ class Settings:
     """All that fixes a run of an item."""
 
     item: Item
-    profile_name: str
-    profile: Profile
-    n_train: int | None = None
-    protocol: str = "native"
-    pooling: str = "gap"
+    profile: str
+    experiments: tuple[Experiment, ...]
 
     @property
     def for_the_book(self) -> bool:
         """Whether the executed copy belongs into the book: the item's own profile, nothing changed."""
-        own = Settings(self.item, self.profile_name, self.item.profiles[self.profile_name])
-        return self == own and (self.profile_name != "demo" or len(self.item.profiles) == 1)
+        own = self.experiments == self.item.profiles[self.profile]
+        return own and (self.profile != "demo" or len(self.item.profiles) == 1)
 
     @property
     def sets(self) -> tuple[str, ...]:
-        """ID test first, then the OOD sets."""
-        return (self.profile.id_test, *self.profile.ood)
+        """Every set that is scored, ID first."""
+        return tuple(dict.fromkeys(name for e in self.experiments for name in e.sets))
 
 
 _CHECKED = "_dlsr_parameters_checked"
@@ -193,127 +380,105 @@ def checked(given: Mapping[str, Any]) -> Parameters:
 
 
 def resolve(item: Item, parameters: Parameters) -> Settings:
-    """Fill in what the profile says where a parameter is 0 or ""."""
+    """Fill in what the profile says where a parameter is 0 or ""; the others hold for all experiments."""
     if parameters.profile not in item.profiles:
         raise UserError(
             f"The profile {parameters.profile!r} is unknown to {item.name}; "
             f"choose one of {', '.join(item.profiles)}."
         )
-    numbers = {name: getattr(parameters, name) for name in ("seeds", "n_train", "width", "blocks", "epochs")}
-    for name, value in numbers.items():
-        if value < 0:
+    for name in [f.name for f in fields(Parameters) if type(f.default) is int]:
+        if (value := getattr(parameters, name)) < 0:
             raise UserError(f"{name}={value} was given; it is at least 1, or 0 for the profile's own.")
     for name, choices in (("protocol", PROTOCOLS), ("pooling", POOLINGS)):
-        if getattr(parameters, name) not in choices:
+        if getattr(parameters, name) not in ("", *choices):
             raise UserError(
                 f"{name}={getattr(parameters, name)!r} is unknown; choose one of {', '.join(choices)}."
             )
-    profile = item.profiles[parameters.profile]
-    sizes = {name: numbers[name] for name in ("width", "blocks", "epochs") if numbers[name]}
-    profile = replace(
-        profile,
-        encoder=get_encoder(parameters.encoder or profile.encoder).name,
-        training=replace(profile.training, **sizes),
-        seeds=parameters.seeds or profile.seeds,
+    experiments = tuple(_changed(e, parameters) for e in item.profiles[parameters.profile])
+    return Settings(item, parameters.profile, experiments)
+
+
+def _changed(experiment: Experiment, parameters: Parameters) -> Experiment:
+    def given(*names: str) -> dict[str, Any]:
+        return {name: getattr(parameters, name) for name in names if getattr(parameters, name)}
+
+    encoder = get_encoder(parameters.encoder or experiment.encoder)
+    if parameters.layers not in ("", "all"):
+        layer_place(parameters.layers, encoder.channels())
+    ways = experiment.reconstructions
+    if parameters.t:
+        ways = tuple(dict.fromkeys(replace(way, t=parameters.t) for way in ways))
+    return replace(
+        experiment,
+        encoder=encoder.name,
+        training=replace(experiment.training, **given("width", "blocks", "epochs")),
+        **given("seeds", "n_train", "n_test", "layers", "protocol", "pooling"),
+        reconstructions=ways,
     )
-    return Settings(
-        item,
-        parameters.profile,
-        profile,
-        parameters.n_train or None,
-        parameters.protocol,
-        parameters.pooling,
-    )
 
 
-def extract_sets(run: Settings, *, progress: bool = True) -> dict[str, Features]:
-    """Features of the ID train set, the ID test set and every OOD set, by the sets' names."""
-    encoder = get_encoder(run.profile.encoder)
-    id_size = DATASETS[run.profile.id_train].size
-    found = {}
-    for name in (run.profile.id_train, *run.sets):
-        images = load_images(name, n=run.n_train if name == run.profile.id_train else None)
-        found[name] = extract(images, encoder, protocol=run.protocol, id_size=id_size, progress=progress)
-    return found
+def reproduce(run: Settings, *, progress: bool = True) -> pd.DataFrame:
+    """The run's rows of results: read where they are up to date, else measured and written."""
+    for experiment in run.experiments:
+        if not is_current(run, experiment):
+            found = score(experiment, scores_folder(run), progress=progress)
+            rows = [summarise(runs, id_set=experiment.id_test) for runs in found.values()]
+            about = {"benchmark": run.item.name, "profile": run.profile, "stages": stamp(experiment)}
+            write_rows(results_file(run), pd.concat(rows).assign(**about))
+    return results(run)
 
 
-def train_networks(
-    run: Settings, features: Mapping[str, Features], *, progress: bool = True
-) -> list[Trained]:
-    """One LFDN a seed on the ID train set; a network that was trained before is only read."""
-    z0 = features[run.profile.id_train].z0(run.pooling)
-    networks = []
-    for seed in range(run.profile.seeds):
-        training = replace(run.profile.training, seed=seed)
-        file = checkpoint_file(z0, training)
-        networks.append(train(z0, training, checkpoint=file, progress=progress))
-    return networks
+def results(run: Settings) -> pd.DataFrame:
+    """The up-to-date rows of a run; none where nothing was measured."""
+    rows = read_results(run)
+    return rows[rows["stages"].isin([stamp(experiment) for experiment in run.experiments])]
 
 
-def score_sets(run: Settings, features: Mapping[str, Features], networks: list[Trained]) -> list[SetScores]:
-    """Scores of all images, a table for each seed, also written to ``results/scores``."""
-    tables = []
-    z0 = {name: features[name].z0(run.pooling) for name in run.sets}
-    for seed, trained in enumerate(networks):
-        columns: dict[str, dict[str, str | int | float]] = {}
-        values: dict[str, np.ndarray] = {}
-        for way in tqdm((HEADLINE, *run.item.others), desc=f"scores, seed {seed}", unit="reconstruction"):
-            found, rate = _score_sets_by(z0, features[run.profile.id_test], trained, way, seed)
-            for score, layers in found[run.profile.id_test]:
-                if way == HEADLINE or not layers.isdigit():
-                    variant = {"score": score, "layers": layers} | way.columns
-                    column = variant_column(variant)
-                    columns[column] = variant | {"images_per_second": rate}
-                    values[column] = np.concatenate([found[name][score, layers] for name in run.sets])
-        table = {
-            "set": np.repeat(run.sets, [len(features[name]) for name in run.sets]),
-            "image": [image for name in run.sets for image in features[name].ids],
-        }
-        scores = SetScores(pd.DataFrame(table | values), columns, _about(run, features, trained, seed))
-        file = f"{run_name(run)}-seed{seed}.parquet"
-        write_scores(results_folder(run.profile_name) / "scores" / file, scores)
-        tables.append(scores)
-    return tables
+def read_results(run: Settings) -> pd.DataFrame:
+    """All rows of the item, whatever their settings."""
+    file = results_file(run)
+    return read_rows(file) if file.is_file() else as_table(pd.DataFrame(columns=COLUMNS))
 
 
-def _score_sets_by(
-    z0: Mapping[str, np.ndarray], id_test: Features, trained: Trained, way: Reconstruction, seed: int
-) -> tuple[dict[str, dict[tuple[str, str], np.ndarray]], float]:
-    """All scores of every set by one reconstruction, and the images/s of encoder and LFDN together."""
-    began = time.perf_counter()
-    found = {}
-    for name, vectors in z0.items():
-        noise = zlib.crc32(f"{name} {seed}".encode())  # sets must not share their noise
-        found[name] = all_scores(trained, vectors, id_test.channels, way, seed=noise, stride_seed=seed)
-    seconds = time.perf_counter() - began
-    return found, 1 / (1 / id_test.images_per_second + seconds / sum(map(len, z0.values())))
+def scores_of(run: Settings, experiment: Experiment) -> dict[str, list[SetScores]]:
+    """The scores of every image, by method, a table for each seed."""
+    return score(experiment, scores_folder(run), progress=False)
 
 
-def measure(run: Settings, scores: list[SetScores]) -> pd.DataFrame:
-    """The metrics of these scores, added to the item's CSV; returns the rows of this run."""
-    rows = summarise(scores, id_set=run.profile.id_test)
-    write_rows(results_file(run), rows)
-    return rows
+def stamp(experiment: Experiment) -> str:
+    """The stages' hashes in one line, as the results hold it."""
+    return " ".join(f"{stage}:{value}" for stage, value in experiment.stages().items())
+
+
+def is_current(run: Settings, experiment: Experiment) -> bool:
+    """Whether the results hold every fit on every set, made by the code as it stands."""
+    rows = read_results(run)
+    rows = rows[rows["stages"] == stamp(experiment)]
+    held = set(zip(rows["method"], rows["seed"], rows["ood"], strict=True))
+    return {
+        (method_name(method, experiment.layers), seed, ood)
+        for method, number in experiment.fits()
+        for seed in (str(number), "mean")
+        for ood in experiment.available
+    } <= held
 
 
 def results_file(run: Settings) -> Path:
-    return results_folder(run.profile_name) / f"{run.item.name}.csv"
+    return results_folder(run.profile) / f"{run.item.name}.csv"
+
+
+def scores_folder(run: Settings) -> Path:
+    """Scores are shared: the same fit on the same set serves every item."""
+    return results_folder(run.profile) / "scores"
 
 
 def run_name(run: Settings) -> str:
     """A file name that tells runs of an item apart."""
-    training = run.profile.training
-    size = f"{training.blocks}x{training.width}-{training.epochs}epochs"
-    parts = [run.item.name, run.profile.encoder, run.protocol, run.pooling, size]
-    return "-".join(parts + ([f"n{run.n_train}"] if run.n_train else []))
+    made = "".join(stamp(experiment) for experiment in run.experiments)
+    return f"{run.item.name}-{run.profile}-{hashlib.sha256(made.encode()).hexdigest()[:8]}"
 
 
-def paper_value(table: str, row: str, column: str) -> float:
-    """A value as the paper prints it, quoted from ``paper_values.json``; the ± is left out."""
-    for _, cells in paper_table(table).iterrows():
-        if row in cells.to_list()[:2]:
-            return float(cells[column].split("±")[0])
-    raise UserError(f"The paper's {table} has no row {row!r}.")
+# What the paper prints
 
 
 def paper_table(table: str) -> pd.DataFrame:
@@ -322,42 +487,142 @@ def paper_table(table: str) -> pd.DataFrame:
     return pd.DataFrame(values["rows"], columns=values["columns"])
 
 
-def compare(run: Settings, rows: pd.DataFrame) -> pd.DataFrame:
-    """Mean over seeds of the headline scores, with the paper's value and the difference beside it.
+PAPER_SETS = {
+    "CIFAR10": "cifar10/test", "CIFAR100": "cifar100/test", "CIFAR-100": "cifar100/test",
+    "CelebA": "celeba/test", "ImageNet100": "imagenet100/val", "SVHN": "svhn/test",
+    "LSUN": "lsun_crop/test",  # Table 1 has Table 3's values of LSUN-c under this name
+    "LSUN-c": "lsun_crop/test", "LSUN-r": "lsun_resize/test", "iSUN": "isun/test",
+    "Textures": "textures/test", "Places365": "places365/val", "MNIST": "mnist/test",
+    "FMNIST": "fashion_mnist/test", "KMNIST": "kmnist/test", "Omniglot": "omniglot/test",
+    "NotMNIST": "notmnist/test", "TinyImageNet": "tiny_imagenet/val", "SUN": "sun/test",
+    "iNaturalist": "inaturalist/test", "average": AVERAGE, "avg": AVERAGE, "AVERAGE": AVERAGE,
+}  # fmt: skip
+PAPER_ID = {  # of tables that have it in their caption
+    "table1": "cifar10/test", "table2": "celeba/test", "table4": "cifar100/test", "table8": "cifar10/test",
+    "table9": "cifar10/test", "table11": "cifar10/test", "table12": "imagenet100/val",
+}  # fmt: skip
+SPEED = ("img/s", "Num img/s")
+NAMED = ("ID", "OOD", "Method", "Setting", "Based")
 
-    Columns ``score``, ``metric``, ``paper``, ``measured``, ``ci_low``, ``ci_high``, ``difference``;
-    in the demo, which has other images, ``paper`` is NaN.
+
+def paper_cells(table: str, metric: str) -> pd.DataFrame:
+    """A printed table as one row a value: ``id``, ``ood``, ``setting``, ``method``, ``paper`` (in percent).
+
+    The \u00b1 of three runs is left out; speeds are.
     """
-    table = headline(rows, ood=run.profile.ood[0]).rename(columns={"value": "measured"})
-    quoted = run.item.table and run.profile_name != "demo"
-    table["paper"] = [
-        paper_value(run.item.table, PAPER_ROWS[score], metric.upper()) if quoted else np.nan
-        for score, metric in zip(table["score"], table["metric"], strict=True)
+    cells = []
+    for row in paper_table(table).to_dict("records"):
+        for column, text in row.items():
+            if column not in (*NAMED, *SPEED) and text != "-":
+                place = _place(table, row, column)
+                found = place.pop("metric", metric)
+                if found == metric:
+                    cells.append(place | {"paper": float(text.split("\u00b1")[0])})
+    return pd.DataFrame(cells, columns=["id", "ood", "setting", "method", "paper"])
+
+
+def _place(table: str, row: Mapping[str, str], column: str) -> dict[str, str]:
+    """What a printed cell is of, by its row and its column's title."""
+    start = table.split("_")[0]
+    place = {"setting": row.get("Setting", ""), "method": row.get("Method", ""), "ood": AVERAGE}
+    place["id"] = PAPER_SETS.get(row.get("ID", ""), PAPER_ID.get(start, ""))
+    for word in column.split():
+        if word.lower() in METRICS:
+            place["metric"] = word.lower()
+        elif word in PAPER_SETS:
+            place["ood"] = PAPER_SETS[word]
+        elif word in ("single", "multi"):
+            place["setting"] = word
+        else:
+            place["method"] = word if word.startswith("ours") or word == "LMD" else f"ours(+{word})"
+    if start == "table8":
+        place["ood"] = "cifar100/test"
+    if "OOD" in row:
+        place["ood"] = PAPER_SETS.get(row["OOD"], AVERAGE)
+    return place
+
+
+def compare(run: Settings, rows: pd.DataFrame) -> pd.DataFrame:
+    """Every cell of the item's table: the paper's value, quoted, and the measured one with its interval.
+
+    One row a cell: ``setting``, ``id``, ``ood``, ``line``, ``metric``, ``paper`` (NaN where it prints
+    none), ``measured``, ``ci_low``, ``ci_high``, ``seed_low``, ``seed_high``, ``difference`` (NaN where
+    the paper's line is of other features, or its mean of other sets), ``partial``, ``why`` it was not
+    measured. An average is over the sets that were measured, of the paper's cells too where it has them.
+    """
+    tables = {} if run.profile == "demo" else run.item.tables
+    printed = {metric: paper_cells(table, metric) for metric, table in tables.items()}
+    cells = []
+    for experiment in run.experiments or run.item.profiles["paper"]:
+        own = rows[(rows["stages"] == stamp(experiment)) & (rows["versus"] == "")]
+        cells += [
+            _cell(experiment, own, line, ood, metric) | _printed(experiment, printed.get(metric), line, ood)
+            for metric in run.item.metrics
+            for line in experiment.lines
+            for ood in [*experiment.ood, *([AVERAGE] if len(experiment.ood) > 1 else [])]
+        ]
+    table = pd.DataFrame(cells, columns=[*CELLS, "same_sets"])
+    if not run.experiments:
+        table["why"] = run.item.unmeasured
+    alike = (table["same"] & table.pop("same_sets")).astype(bool)
+    return table.assign(difference=(table["measured"] - table["paper"]).where(alike))
+
+
+CELLS = [
+    "setting", "id", "ood", "line", "same", "metric", "paper", "measured", "ci_low", "ci_high",
+    "seed_low", "seed_high", "difference", "partial", "why",
+]  # fmt: skip
+
+
+def _cell(experiment: Experiment, rows: pd.DataFrame, line: Line, ood: str, metric: str) -> dict[str, Any]:
+    """What was measured of one cell, or why it was not."""
+    cell = {
+        "setting": experiment.setting, "id": experiment.id_test, "ood": ood, "line": line.title,
+        "same": line.same, "metric": metric, "why": experiment.why_not(ood) if ood != AVERAGE else "",
+    }  # fmt: skip
+    ways = experiment.reconstructions
+    way = HEADLINE if HEADLINE in ways else ways[0]
+    wanted = {"ood": ood, "metric": metric} | line.variant(experiment.layers, way)
+    found = rows[np.logical_and.reduce([rows[name] == value for name, value in wanted.items()])]
+    if len(found):
+        (mean,) = found[found["seed"] == "mean"].to_dict("records")
+        seeds = found.loc[found["seed"] != "mean", "value"]
+        cell |= {name: mean[name] for name in ("ci_low", "ci_high", "partial")}
+        cell |= {"measured": mean["value"], "seed_low": seeds.min(), "seed_high": seeds.max()}
+    elif not cell["why"]:
+        alone = ood == AVERAGE and len(experiment.available) < 2
+        cell["why"] = "fewer than two sets" if alone else "not run yet"
+    return cell
+
+
+def _printed(experiment: Experiment, printed: pd.DataFrame | None, line: Line, ood: str) -> dict[str, Any]:
+    """The paper's value of a cell, NaN where it prints none, and whether it is of the same sets."""
+    if printed is None:
+        return {"paper": np.nan, "same_sets": False}
+    of_line = printed[
+        printed["method"].isin(line.quoted)
+        & (printed["id"] == experiment.id_test)
+        & (printed["setting"] == experiment.setting)
     ]
-    return table.assign(difference=table["measured"] - table["paper"])
+    values = of_line.set_index("ood")["paper"]
+    if ood == AVERAGE and set(experiment.available) <= set(values.index):
+        return {"paper": float(values[list(experiment.available)].mean()), "same_sets": True}
+    paper = float(values[ood]) if ood in values.index else np.nan
+    return {"paper": paper, "same_sets": ood != AVERAGE or experiment.available == experiment.ood}
 
 
-def headline(rows: pd.DataFrame, *, ood: str, metrics: Sequence[str] = ("auroc", "fpr95")) -> pd.DataFrame:
+def headline(rows: pd.DataFrame, *, ood: str, metrics: Sequence[str] = METRICS) -> pd.DataFrame:
     """``score``, ``metric``, ``value``, ``ci_low``, ``ci_high`` of the three scores on one OOD set."""
     chosen = [
-        select(rows, ood=ood, score=score, layers=layers, metric=metric)
-        for metric in metrics
-        for score, layers in HEADLINE_SCORES.items()
+        select(rows, ood=ood, metric=metric, **line.variant("all")) for metric in metrics for line in OURS
     ]
-    return pd.DataFrame(chosen, columns=["score", "metric", "value", "ci_low", "ci_high"]).reset_index(
-        drop=True
-    )
-
-
-def read_results(run: Settings) -> pd.DataFrame:
-    """All rows of the item that were measured on the same sets, whatever their other settings."""
-    rows = read_rows(results_file(run))
-    return rows[rows["id"].eq(run.profile.id_test) & rows["ood"].isin(run.profile.ood)]
+    columns = ["score", "metric", "value", "ci_low", "ci_high"]
+    return pd.DataFrame(chosen, columns=columns).reset_index(drop=True)
 
 
 def headline_columns() -> list[str]:
     """The score columns of MSE, LR and MFsim in the headline setting."""
-    return [variant_column({"score": s, "layers": m} | HEADLINE.columns) for s, m in HEADLINE_SCORES.items()]
+    return [line.column("all") for line in OURS]
 
 
 def select(rows: pd.DataFrame, **wanted: Any) -> pd.Series:
@@ -369,25 +634,20 @@ def select(rows: pd.DataFrame, **wanted: Any) -> pd.Series:
     return chosen.iloc[0]
 
 
-def _about(
-    run: Settings, features: Mapping[str, Features], trained: Trained, seed: int
-) -> dict[str, str | int | float]:
-    """The columns of the results that all rows of a run share."""
-    train_set, test_set = features[run.profile.id_train], features[run.profile.id_test]
-    training = asdict(run.profile.training)
-    return {
-        "benchmark": run.item.name,
-        "method": METHOD,
-        "seed": seed,
-        "n_train": len(train_set),
-        "encoder": run.profile.encoder,
-        "weights_sha256": test_set.key.weights_sha256,
-        "protocol": run.protocol,
-        "pooling": run.pooling,
-        "width": training["width"],
-        "blocks": training["blocks"],
-        "epochs": training["epochs"],
-        "partial": "; ".join(filter(None, (DATASETS[name].partial for name in run.sets))),
-        "profile": run.profile_name,
-        "device": "+".join(sorted({test_set.device, trained.device})),
-    }
+def state(run: Settings) -> str:
+    """``up to date``; ``out of date: <stages>``; ``not run``; or why it cannot be run."""
+    if not run.experiments:
+        return f"not measured: {run.item.unmeasured}"
+    old = [e for e in run.experiments if not is_current(run, e)]
+    if not old:
+        return "up to date"
+    rows = read_results(run)
+    known = rows.loc[rows["profile"] == run.profile, "stages"].unique()
+    if len(known) == 0:
+        return "not run"
+    stages = [stage for stage in STAGES if any(not _has_stage(known, e, stage) for e in old)]
+    return f"out of date: {', '.join(stages) or 'sets'}"
+
+
+def _has_stage(known: Sequence[str], experiment: Experiment, stage: str) -> bool:
+    return any(f"{stage}:{experiment.stages()[stage]}" in line for line in known)

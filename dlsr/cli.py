@@ -1,6 +1,7 @@
-"""The command ``dlsr``: run a notebook, list the image sets, fit and use a detector on own images."""
+"""The command ``dlsr``: reproduce the paper's items, list image sets, use a detector on own images."""
 
 import argparse
+import hashlib
 import json
 import sys
 import warnings
@@ -11,14 +12,16 @@ import nbformat
 import numpy as np
 import pandas as pd
 import papermill
+from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from dlsr import __version__
-from dlsr.benchmarks import run_name, settings
-from dlsr.datasets import DATASETS, UserError, data_folder, load_images
+from dlsr.benchmarks import ITEMS, REPORTS, Settings, is_current, run_name, settings, state
+from dlsr.datasets import DATASETS, UserError, data_folder, download, load_images, sets_here
 from dlsr.detector import DLSRDetector
 from dlsr.encoders import PRESETS, get_encoder
-from dlsr.features import Features, extract, replace_file
+from dlsr.features import Features, code_hash, extract, replace_file
+from dlsr.reports import coverage
 from dlsr.results import project_folder
 from dlsr.scores import SCORES
 
@@ -43,8 +46,8 @@ def run_notebook(name: str, parameters: dict, *, output: Path | None = None, pro
     """Execute ``notebooks/<name>.ipynb`` by papermill, and move the copy into place if it succeeded.
 
     Wrong parameters are refused before a kernel starts. The copy goes to ``book/notebooks`` if it is
-    the item's own profile, unchanged; that of any other run to ``_build/runs``. A copy that failed
-    stays in ``_build/failed``.
+    the item's own profile, unchanged; of the demo's to ``_build/demo``, of any other run's to
+    ``_build/runs``. A copy that failed stays in ``_build/failed``.
     """
     project = project_folder()
     source = project / "notebooks" / f"{name}.ipynb"
@@ -53,9 +56,11 @@ def run_notebook(name: str, parameters: dict, *, output: Path | None = None, pro
         raise UserError(
             f"There is no notebook {name!r}; there are: {there}. Run this in the project's folder."
         )
-    run = settings(name, dict(parameters))
-    place = project / "book" / "notebooks" / source.name
-    output = output or (place if run.for_the_book else project / "_build" / "runs" / f"{run_name(run)}.ipynb")
+    if name in REPORTS and parameters:
+        raise UserError(
+            f"{name} only reads results and has no parameters; {', '.join(parameters)} was given."
+        )
+    output = output or executed_copy(None if name in REPORTS else settings(name, dict(parameters)), name)
     draft = project / "_build" / "failed" / source.name
     draft.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -72,10 +77,40 @@ def run_notebook(name: str, parameters: dict, *, output: Path | None = None, pro
             f"{source.name} failed in cell {error.cell_index}: {error.ename}: {error.evalue} "
             f"What it did until then is in {draft}."
         ) from error
+    except DeadKernelError as error:
+        raise UserError(
+            f"{source.name} lost its kernel ({error}); a machine with more memory may be needed."
+        ) from error
     notebook = without_volatile(nbformat.read(draft, as_version=4))
+    notebook.metadata["dlsr"] = {"page": page_hash(source)}
     replace_file(output, lambda path: nbformat.write(notebook, path))
     draft.unlink()
     return output
+
+
+def executed_copy(run: Settings | None, name: str) -> Path:
+    """Where the executed copy of a run belongs; None is a report, which has no settings."""
+    project = project_folder()
+    if run is None or run.for_the_book:
+        return project / "book" / "notebooks" / f"{name}.ipynb"
+    if run.experiments == run.item.profiles[run.profile]:
+        return project / "_build" / run.profile / f"{name}.ipynb"
+    return project / "_build" / "runs" / f"{run_name(run)}.ipynb"
+
+
+def page_hash(source: Path) -> str:
+    """What an executed copy depends on beside the results: its source and the code that shows them."""
+    shown = code_hash("experiments", "benchmarks", "reports", "plots")
+    return hashlib.sha256(source.read_bytes() + shown.encode()).hexdigest()[:12]
+
+
+def is_up_to_date(run: Settings) -> bool:
+    """Whether results and executed copy of a run are those of the code as it stands."""
+    copy = executed_copy(run, run.item.name)
+    source = project_folder() / "notebooks" / copy.name
+    if not (copy.is_file() and source.is_file() and all(is_current(run, e) for e in run.experiments)):
+        return False
+    return nbformat.read(copy, as_version=4).metadata.get("dlsr", {}).get("page") == page_hash(source)
 
 
 def without_volatile(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
@@ -97,13 +132,50 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _reproduce(options: argparse.Namespace) -> int:
+    """Run what is out of date; go on after a failure, and tell all failures at the end."""
+    parameters = {name: _value(text) for name, text in options.parameter} | {"profile": options.profile}
+    unknown = [name for name in options.items if name not in ITEMS]
+    if unknown:
+        raise UserError(f"There is no item {', '.join(unknown)}; there are {', '.join(ITEMS)}.")
+    names = [n for n in options.items or ITEMS if options.profile in ITEMS[n].profiles]
+    if not names:
+        raise UserError(f"None of these items has the profile {options.profile!r}.")
+    runs = {name: settings(name, dict(parameters)) for name in names}
+    todo = [name for name, run in runs.items() if not is_up_to_date(run)]
+    failed = {}
+    for number, name in enumerate(todo, start=1):
+        standing = state(runs[name]).replace("up to date", "results up to date, page not")
+        print(f"[{number}/{len(todo)}] {name} ({standing})", flush=True)
+        try:
+            print(f"Wrote {run_notebook(name, parameters)}", flush=True)
+        except UserError as error:
+            failed[name] = error
+            print(f"{name} failed: {error}", file=sys.stderr, flush=True)
+    print(f"{len(names) - len(todo)} up to date, {len(todo) - len(failed)} executed, {len(failed)} failed.")
+    if not todo:
+        print("Nothing to do: every item is up to date.")
+    for name, error in failed.items():
+        print(f"dlsr: {name}: {error}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _status(options: argparse.Namespace) -> int:
+    table = pd.concat([coverage(profile) for profile in options.profile or ("pack", "paper")])
+    table = table.assign(measured=[f"{r.measured} of {r.cells}" for r in table.itertuples()])
+    print(table.drop(columns=["title", "cells"]).to_string(index=False))
+    return 0
+
+
 def _sets(options: argparse.Namespace) -> int:
+    for name in options.download:
+        print(f"{name}: {len(download(name)):,} images are here.")
+    here = set(sets_here())
     print(f"data folder (DLSR_DATA): {data_folder()}")
     for key, row in DATASETS.items():
-        base = data_folder() / row.name
-        here = (base / f"{row.split}.parquet").is_file() or (base / row.split).is_dir()
-        place = "built in" if row.source == "scikit-learn" else "found" if here else "not here"
-        print(f"{key:20} {row.images:>7,} images  {row.role:5} {place}")
+        count = f"{row.images:,}" if row.images else "your own"
+        place = "built in" if row.source == "scikit-learn" else "found" if key in here else "not here"
+        print(f"{key:20} {count:>8} images  {row.role:5} {place}")
     return 0
 
 
@@ -183,7 +255,20 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--out", type=Path, help="where the executed copy goes")
     run.set_defaults(command=_run)
 
+    reproduce = commands.add_parser("reproduce", help="run the items that are out of date")
+    reproduce.add_argument("items", nargs="*", metavar="ITEM", help="as 08_near_ood; none: all")
+    reproduce.add_argument("--profile", default="pack", help="demo, pack (default) or paper")
+    reproduce.add_argument(
+        "-p", dest="parameter", metavar=("NAME", "VALUE"), nargs=2, action="append", default=[]
+    )
+    reproduce.set_defaults(command=_reproduce)
+
+    status = commands.add_parser("status", help="what is measured, and what is out of date")
+    status.add_argument("--profile", action="append", help="demo, pack or paper; unset: pack and paper")
+    status.set_defaults(command=_status)
+
     sets = commands.add_parser("sets", help="list the image sets and which are here")
+    sets.add_argument("--download", action="append", default=[], metavar="NAME", help="get a set")
     sets.set_defaults(command=_sets)
 
     images = argparse.ArgumentParser(add_help=False)

@@ -54,20 +54,20 @@ def bootstrap(
 ) -> dict[str, np.ndarray]:
     """AUROC and FPR95 of each (ID scores, OOD scores) pair under resampled images.
 
-    Stratified: ID and OOD are drawn apart. The pairs are scores of the same images (by several
-    methods or seeds) and share every draw, so differences between them are paired. Each metric's
-    array is (len(pairs), draws).
+    Stratified: ID and OOD are drawn apart, so that every OOD set meets the same draws of ID. The
+    pairs are scores of the same images (by several methods or seeds) and share every draw, so
+    differences between them are paired. Each metric's array is (len(pairs), draws).
     """
     pairs = [_checked(*pair) for pair in pairs]
     n_id, n_ood = len(pairs[0][0]), len(pairs[0][1])
     if any((len(a), len(b)) != (n_id, n_ood) for a, b in pairs):
         raise UserError("Paired scores need the same images; these have different numbers of them.")
     ranked = [_Ranked(*pair) for pair in pairs]
-    picks = np.random.default_rng(seed)
+    id_picks, ood_picks = np.random.default_rng([seed, 0]), np.random.default_rng([seed, 1])
     values = {name: np.empty((len(pairs), draws)) for name in ("auroc", "fpr95")}
     for draw in range(draws):
-        v = np.bincount(picks.integers(n_id, size=n_id), minlength=n_id)
-        w = np.bincount(picks.integers(n_ood, size=n_ood), minlength=n_ood)
+        v = np.bincount(id_picks.integers(n_id, size=n_id), minlength=n_id)
+        w = np.bincount(ood_picks.integers(n_ood, size=n_ood), minlength=n_ood)
         for row, scores in enumerate(ranked):
             values["auroc"][row, draw], values["fpr95"][row, draw] = scores.auroc_fpr95(v, w)
     return values

@@ -1,5 +1,7 @@
 """Every figure of the book, in one style. A function draws one figure and returns it."""
 
+import base64
+import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,8 +17,11 @@ from sklearn.metrics import roc_curve
 
 from dlsr.benchmarks import headline
 from dlsr.datasets import DATASETS, ImageSet
+from dlsr.experiments import METHOD, OURS
 from dlsr.features import Features, layer_slices, replace_file
-from dlsr.results import SetScores, project_folder
+from dlsr.reports import overall
+from dlsr.results import AVERAGE, SetScores, project_folder
+from dlsr.scores import FIRST_EPOCH
 
 PALETTE = sns.color_palette("colorblind")
 COLOURS = {"id": PALETTE[0], "near": PALETTE[1], "far": PALETTE[2]}
@@ -26,6 +31,8 @@ SCORE_STYLES = {
     "mfsim": {"color": PALETTE[9], "linestyle": "--"},
 }
 SCORE_NAMES = {"mse": "MSE", "lr": "LR", "mfsim": "MFsim"}
+METRIC_NAMES = {"auroc": "AUROC, %: higher is better", "fpr95": "FPR95, %: lower is better"}
+LINE_COLOURS = [PALETTE[i] for i in (3, 4, 9, 0, 2, 1, 5, 7, 8, 6)]  # the scores' own colours first
 WIDTH = 7.2  # inches: the column of the book
 
 
@@ -72,24 +79,90 @@ def intervals_table(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(entries)
 
 
-def comparison_table(comparison: pd.DataFrame) -> pd.DataFrame:
-    """What `benchmarks.compare` returns, as a reader sees it."""
-    return pd.DataFrame(
-        {
-            "score": comparison["score"].map(SCORE_NAMES),
-            "metric": comparison["metric"].str.upper(),
-            "paper (quoted)": comparison["paper"],
-            "measured [95 % interval]": [
-                with_interval(r.measured, r.ci_low, r.ci_high) for r in comparison.itertuples()
-            ],
-            "difference": comparison["difference"].map("{:+.1f}".format, na_action="ignore"),
-        }
-    )
+def comparison_tables(comparison: pd.DataFrame) -> HTML:
+    """What `benchmarks.compare` returns, a table for each ID set, metric and choice of OOD sets.
+
+    A cell holds the measured value with its interval, then the paper's, quoted, and the difference,
+    in colour where the interval does not hold the paper's value. Letters lead to notes below.
+    """
+    notes: dict[str, str] = {}
+    tables = []
+    sets = comparison.groupby(["setting", "id", "metric", "line"])["ood"].transform(" ".join)
+    for (id_set, metric, _), group in comparison.groupby(["id", "metric", sets], sort=False):
+        settings = group["setting"].unique()
+        caption = f"ID: {set_name(id_set)}. {METRIC_NAMES[metric]}."
+        if len(settings) == 1 and settings[0]:
+            caption += f" {settings[0]}."
+        prefix = (group["setting"] + ": ").where((group["setting"] != "") & (len(settings) > 1), "")
+        named = prefix + group["line"]
+        oods = [ood for ood in group["ood"].unique() if ood != AVERAGE]
+        oods += [AVERAGE] if group.loc[group["ood"] == AVERAGE, "measured"].notna().any() else []
+        lines = [
+            [name, *(_cell(cells, ood, notes) for ood in oods)]
+            for name, cells in group.groupby(named, sort=False)
+        ]
+        table = pd.DataFrame(lines, columns=["", *(_column_title(group, ood, notes) for ood in oods)])
+        options = {"index": False, "border": 0, "classes": "table comparison", "escape": False}
+        tables.append(f"<p><b>{caption}</b></p>" + table.to_html(justify="left", **options))
+    below = "".join(f"<li><sup>{letter}</sup> {html.escape(note)}</li>" for note, letter in notes.items())
+    return HTML("".join(tables) + f'<ul class="notes">{below}</ul>')
+
+
+MEAN_NOTE = (
+    "The unweighted mean over the measured sets. The paper's is over the same sets where it prints them, "
+    "else over all of its own."
+)
+
+
+def _note(notes: dict[str, str], text: str) -> str:
+    letter = notes.setdefault(text, chr(ord("a") + len(notes)))
+    return f"<sup>{letter}</sup>"
+
+
+def _column_title(group: pd.DataFrame, ood: str, notes: dict[str, str]) -> str:
+    """The OOD set's name, with marks for what is partial or missing about it."""
+    if ood == AVERAGE:
+        return "mean" + _note(notes, MEAN_NOTE)
+    cells = group[group["ood"] == ood]
+    found = [text for texts in cells["partial"].dropna() for text in texts.split("; ") if text]
+    marks = [f"{set_name(key)}: {reason}" for key, reason in (t.split(": ", 1) for t in dict.fromkeys(found))]
+    marks += [f"{set_name(ood)}: not measured, {why}" for why in cells["why"].unique() if why]
+    return set_name(ood) + " ".join(_note(notes, mark) for mark in marks)
+
+
+def _cell(cells: pd.DataFrame, ood: str, notes: dict[str, str]) -> str:
+    row = cells[cells["ood"] == ood].iloc[0]
+    if pd.isna(row["measured"]) and pd.isna(row["paper"]):
+        return "–"
+    measured = "–"
+    if pd.notna(row["measured"]):
+        seeds = f"; seeds {row['seed_low']:.1f}–{row['seed_high']:.1f}"
+        several = round(row["seed_low"], 4) != round(row["seed_high"], 4)
+        interval = f"[{row['ci_low']:.1f}, {row['ci_high']:.1f}]{seeds if several else ''}"
+        measured = f"<b>{row['measured']:.1f}</b> <small>{interval}</small>"
+    if pd.isna(row["paper"]):
+        return measured
+    paper = f"<small>paper {row['paper']:.1f}"
+    if not row["same"]:
+        paper += _note(notes, "The paper's value is of other features or another classifier.")
+    elif pd.notna(row["difference"]):
+        inside = row["ci_low"] <= row["paper"] <= row["ci_high"]
+        better = (row["difference"] > 0) == (row["metric"] == "auroc")
+        colour = "" if inside else "better" if better else "worse"
+        paper += f', <span class="{colour}">{row["difference"]:+.1f}</span>'
+    return f"{measured}<br>{paper}</small>"
+
+
+def beside(cell: pd.Series) -> str:
+    """``98.8 % (paper: 99.3 %)``."""
+    paper = f" (paper: {cell['paper']:.1f} %)" if pd.notna(cell["paper"]) else ""
+    return f"{cell['measured']:.1f} %{paper}"
 
 
 def settings_table(rows: pd.DataFrame) -> pd.DataFrame:
     """AUROC of every setting an item was run in, a line for each and a column a score."""
     chosen = rows.query("metric == 'auroc' and seed == 'mean' and versus == '' and layers in ['all', '2..M']")
+    chosen = chosen[chosen["score"].isin(SCORE_NAMES) & (chosen["method"] == METHOD)]
     chosen = chosen.assign(
         LFDN=[f"{r.blocks}x{r.width}, {r.epochs} epochs" for r in chosen.itertuples()],
         how=[
@@ -107,6 +180,51 @@ def settings_table(rows: pd.DataFrame) -> pd.DataFrame:
     table = table.drop(columns=[name for name in rarely if table[name].nunique() == 1])
     table = table.rename(columns={"how": "reconstruction", "MFsim": "MFsim, all layers"})
     return table.rename_axis(columns=None)
+
+
+def coverage_table(coverage: pd.DataFrame) -> pd.DataFrame:
+    """What `reports.coverage` returns, as a reader sees it."""
+    return pd.DataFrame(
+        {
+            "item": coverage["item"],
+            "what": coverage["title"],
+            "measured": [f"{r.measured} of {r.cells}" for r in coverage.itertuples()],
+            "when": coverage["date"].replace("", "–"),
+            "state": coverage["state"],
+        }
+    )
+
+
+def browsable(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a results table that a reader wants to see, with intervals."""
+    headline = rows["reconstruction"].isin(["", "released"]) & rows["t"].isin([0, 3])
+    whole = ~rows["layers"].str.isdigit() & ~rows["score"].isin(FIRST_EPOCH.values())
+    chosen = rows[headline & whole & (rows["seed"] == "mean") & (rows["versus"] == "")]
+    chosen = chosen[chosen["metric"].isin(METRIC_NAMES)]
+    return pd.DataFrame(
+        {
+            "item": chosen["benchmark"],
+            "ID": chosen["id"].map(set_name),
+            "OOD": chosen["ood"].map(set_name),
+            "method": chosen["method"],
+            "score": chosen["score"] + " " + chosen["layers"],
+            "encoder": chosen["encoder"].str.removeprefix("efficientnet_"),
+            "LFDN": [f"{r.blocks}x{r.width}, {r.epochs}" if r.width else "–" for r in chosen.itertuples()],
+            "metric": chosen["metric"].str.upper(),
+            "value": [with_interval(r.value, r.ci_low, r.ci_high) for r in chosen.itertuples()],
+        }
+    )
+
+
+def download_links(tables: Mapping[str, pd.DataFrame]) -> str:
+    """HTML that lets a reader save each table; the CSV is in the page itself."""
+    links = []
+    for name, rows in tables.items():
+        content = base64.b64encode(rows.to_csv(index=False).encode()).decode()
+        links.append(
+            f'<li><a download="{name}.csv" href="data:text/csv;base64,{content}">{name}.csv</a></li>'
+        )
+    return f"<ul>{''.join(links)}</ul>"
 
 
 def save(figure: Figure, name: str) -> Path:
@@ -248,24 +366,184 @@ def roc_curves(scores: SetScores, columns: Sequence[str], *, title: str) -> Figu
 
 
 def paper_and_measured(comparison: pd.DataFrame, *, title: str) -> Figure:
-    """Measured values with their intervals beside the paper's, a panel for each metric.
+    """Measured values with their intervals beside the paper's: a row a set, a panel an ID and metric.
 
-    See `benchmarks.compare`.
+    See `benchmarks.compare`; settings and averages stand in the tables only.
     """
-    metrics = {"auroc": "AUROC, %: higher is better", "fpr95": "FPR95, %: lower is better"}
-    figure, axes = _figure(len(metrics), height=2.3)
-    for axis, (metric, label) in zip(axes[0], metrics.items(), strict=True):
+    shown = comparison[
+        (comparison["ood"] != AVERAGE) & (comparison["setting"] == comparison["setting"].iloc[0])
+    ]
+    if shown["measured"].notna().any():
+        shown = shown[shown.groupby(["id", "ood"])["measured"].transform("count") > 0]
+    groups = list(shown.groupby(["id", "metric"], sort=False))
+    lines = list(shown["line"].unique())
+    colours = dict(zip(lines, LINE_COLOURS, strict=False))
+    sets = max(part["ood"].nunique() for _, part in groups)
+    height = 1.3 + 0.17 * len(lines) * sets
+    figure, axes = _figure(len(groups), height=height)
+    for axis, ((id_set, metric), part) in zip(axes[0], groups, strict=True):
+        oods = list(part["ood"].unique())
+        for place, line in enumerate(lines):
+            rows = part[part["line"] == line].set_index("ood").reindex(oods)
+            y = -np.arange(len(oods)) - 0.7 * (place - (len(lines) - 1) / 2) / len(lines)
+            errors = [rows["measured"] - rows["ci_low"], rows["ci_high"] - rows["measured"]]
+            style = {"color": colours[line], "fmt": "o", "ms": 4, "capsize": 2, "label": line}
+            axis.errorbar(rows["measured"], y, xerr=errors, **style)
+            paper = {"facecolors": "none", "edgecolors": [colours[line]], "s": 26, "zorder": 3}
+            axis.scatter(rows["paper"].where(rows["same"]), y, marker="D", **paper)
+        axis.set(yticks=-np.arange(len(oods)), yticklabels=map(set_name, oods), xlabel=METRIC_NAMES[metric])
+        if len({key for (key, _), _ in groups}) > 1:
+            axis.set_title(f"ID: {set_name(id_set)}")
+        axis.xaxis.set_major_locator(MaxNLocator(5))
+    handles, names = axes[0][0].get_legend_handles_labels()
+    diamond = axes[0][0].scatter([], [], marker="D", facecolors="none", edgecolors="0.3", s=26)
+    figure.legend([*handles, diamond], [*names, "paper (quoted)"], loc="outside lower center",
+                  ncols=min(5, len(names) + 1), frameon=False)  # fmt: skip
+    return _finish(figure, title)
+
+
+def coverage_bars(coverage: pd.DataFrame, *, title: str) -> Figure:
+    """How many cells of each item are measured."""
+    figure, axes = _figure(1, height=0.9 + 0.23 * len(coverage))
+    axis, y = axes[0][0], np.arange(len(coverage))[::-1]
+    axis.barh(y, coverage["cells"], color="0.88", label="not measured")
+    axis.barh(y, coverage["measured"], color=PALETTE[0], label="measured")
+    axis.set(yticks=y, yticklabels=coverage["item"], xlabel="cells")
+    axis.legend(frameon=False)
+    return _finish(figure, title)
+
+
+def near_comparison(comparison: pd.DataFrame, *, title: str) -> Figure:
+    """One pair of sets: a row a score, a panel a metric; see `benchmarks.compare`."""
+    figure, axes = _figure(len(METRIC_NAMES), height=2.3)
+    for axis, (metric, label) in zip(axes[0], METRIC_NAMES.items(), strict=True):
         part = comparison[comparison["metric"] == metric]
         value, y = part["measured"], np.arange(len(part))[::-1]
         errors = [value - part["ci_low"], part["ci_high"] - value]
         axis.errorbar(value, y, xerr=errors, fmt="o", color=PALETTE[0], capsize=3, label="measured here")
         paper = {"facecolors": "none", "edgecolors": "0.2", "label": "paper (quoted)"}
         axis.scatter(part["paper"], y, marker="D", zorder=3, **paper)
-        axis.set(yticks=y, yticklabels=part["score"].map(SCORE_NAMES), xlabel=label)
+        axis.set(yticks=y, yticklabels=part["line"], xlabel=label)
         axis.set_ylim(-0.6, len(part) - 0.4)
     handles = axes[0][0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=2, frameon=False)
     return _finish(figure, title)
+
+
+def first_and_last_epoch(scores: SetScores, *, title: str) -> Figure:
+    """Densities of MFsim under the first epoch's network (left) and the last one's (right)."""
+    columns = {
+        f"after epoch {epoch}": OURS[-1].column("all").replace("mfsim", name, 1)
+        for epoch, name in (("1", FIRST_EPOCH["mfsim"]), (len(scores.about["losses"]), "mfsim"))
+    }
+    figure, axes = _figure(len(columns), height=3.2)
+    colours = dict(zip(scores.sets, LINE_COLOURS, strict=False))
+    for axis, (label, column) in zip(axes[0], columns.items(), strict=True):
+        values = scores.table[column]
+        for name in scores.sets:
+            sns.kdeplot(
+                x=scores.of(name, column), ax=axis, color=colours[name], fill=True, alpha=0.25,
+                label=set_name(name), common_norm=False, clip=tuple(values.quantile([0, 1])),
+            )  # fmt: skip
+        axis.set(title=label, xlabel="MFsim, larger = more OOD", ylabel="", yticks=[])
+    handles, names = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
+    return _finish(figure, title)
+
+
+def over_timesteps(rows: pd.DataFrame, *, title: str) -> Figure:
+    """AUROC and FPR95 over t, a row a metric and a panel a reconstruction, with intervals."""
+    modes = list(rows["reconstruction"].unique())
+    figure, axes = _figure(len(modes), rows=len(METRIC_NAMES), height=4.6, sharex=True, sharey="row")
+    for line, metric in zip(axes, METRIC_NAMES, strict=True):
+        for axis, mode in zip(line, modes, strict=True):
+            for score, name in SCORE_NAMES.items():
+                part = rows.query("metric == @metric and reconstruction == @mode and score == @score")
+                part = part.sort_values("t")
+                style = SCORE_STYLES[score]
+                axis.plot(part["t"], part["value"], label=name, marker="o", ms=3, **style)
+                axis.fill_between(part["t"], part["ci_low"], part["ci_high"], alpha=0.2, color=style["color"])
+            axis.set(xscale="log", title=mode if metric == "auroc" else "", ylabel="")
+            ticks = sorted(rows["t"].unique())
+            axis.set_xticks(ticks, [str(t) for t in ticks])
+            axis.minorticks_off()
+        line[0].set_ylabel(f"{metric.upper()}, %")
+    figure.supxlabel("timestep t (released: its n)", fontsize="small")
+    handles, names = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
+    return _finish(figure, title)
+
+
+def one_or_all_layers(comparison: pd.DataFrame, *, title: str) -> Figure:
+    """Mean AUROC of the last layer alone and of all, a panel an ID set; diamonds are the paper's."""
+    shown = overall(comparison)
+    ids = list(shown["id"].unique())
+    figure, axes = _figure(len(ids), height=3.0, sharey=True)
+    for axis, id_set in zip(axes[0], ids, strict=True):
+        part = shown[shown["id"] == id_set]
+        lines = list(part["line"].unique())
+        for i, (setting, rows) in enumerate(part.groupby("setting", sort=False)):
+            rows = rows.set_index("line").reindex(lines)
+            x = np.arange(len(lines)) + 0.3 * (i - 0.5)
+            errors = [rows["measured"] - rows["ci_low"], rows["ci_high"] - rows["measured"]]
+            label = {"single": "last layer alone", "multi": "all layers"}.get(setting, setting)
+            axis.errorbar(x, rows["measured"], yerr=errors, fmt="o", capsize=3, color=PALETTE[i], label=label)
+            axis.scatter(x, rows["paper"], marker="D", facecolors="none", edgecolors=[PALETTE[i]], zorder=3)
+        axis.set_xticks(range(len(lines)), lines)
+        axis.set(title=f"ID: {set_name(id_set)}", xlim=(-0.6, len(lines) - 0.4))
+    axes[0][0].set_ylabel("AUROC, %")
+    handles, names = axes[0][0].get_legend_handles_labels()
+    diamond = axes[0][0].scatter([], [], marker="D", facecolors="none", edgecolors="0.3")
+    figure.legend([*handles, diamond], [*names, "paper (quoted)"], loc="outside lower center", ncols=3,
+                  frameon=False)  # fmt: skip
+    return _finish(figure, title)
+
+
+def lfdn_sizes(sizes: pd.DataFrame, *, title: str) -> Figure:
+    """Mean AUROC of the scores for each size of the LFDN (column ``size``); the paper's as diamonds."""
+    figure, axes = _figure(1, height=2.9)
+    axis = axes[0][0]
+    names = list(dict.fromkeys(sizes["size"]))
+    for i, (line, part) in enumerate(sizes.groupby("line", sort=False)):
+        part = part.set_index("size").reindex(names)
+        x = np.arange(len(names)) + 0.16 * (i - 1)
+        errors = [part["measured"] - part["ci_low"], part["ci_high"] - part["measured"]]
+        axis.errorbar(x, part["measured"], yerr=errors, fmt="o", capsize=3, color=LINE_COLOURS[i], label=line)
+        axis.scatter(x, part["paper"], marker="D", facecolors="none", edgecolors=[LINE_COLOURS[i]], zorder=3)
+    axis.set_xticks(range(len(names)), names)
+    axis.set(xlabel="LFDN: blocks x width", ylabel="mean AUROC, %")
+    axis.legend(frameon=False)
+    return _finish(figure, title)
+
+
+def layer_shares(shares: pd.DataFrame, *, title: str) -> Figure:
+    """What `reports.layer_shares` returns, a panel an ID set."""
+    ids = list(shares["ID"].unique())
+    figure, axes = _figure(len(ids), height=2.9, sharey=True)
+    for axis, name in zip(axes[0], ids, strict=True):
+        part = shares[shares["ID"] == name]
+        axis.plot(part["layer"], part["alone"], "o", color=PALETTE[0], label="this layer alone")
+        axis.plot(
+            part["layer"], part["left out"], "s", color=PALETTE[1], mfc="none", label="all but this layer"
+        )
+        axis.axhline(part["all"].iloc[0], color="0.4", ls="--", lw=1)
+        axis.set(title=f"ID: {name}", xlabel="layer")
+    axes[0][0].set_ylabel("mean AUROC of the MSE, %")
+    handles, names = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False)
+    return _finish(figure, title)
+
+
+def timesteps_table(means: pd.DataFrame) -> pd.DataFrame:
+    """AUROC of `reports.over_timesteps` with intervals: a row a reconstruction and score, t across."""
+    auroc = means[means["metric"] == "auroc"]
+    auroc = auroc.assign(
+        cell=[with_interval(r.value, r.ci_low, r.ci_high) for r in auroc.itertuples()],
+        score=auroc["score"].map(SCORE_NAMES),
+        t=[f"t = {t:3d}" for t in auroc["t"]],
+    )
+    table = auroc.pivot(index=["reconstruction", "score"], columns="t", values="cell")
+    return table.fillna("not possible").reset_index().rename_axis(columns=None)
 
 
 def layer_bars(table: pd.DataFrame, *, title: str) -> Figure:

@@ -21,13 +21,24 @@ COLUMNS = [
     "benchmark", "id", "ood", "method", "score", "metric", "value", "ci_low", "ci_high", "versus",
     "seed", "n_train", "n_id", "n_ood", "encoder", "weights_sha256", "protocol", "pooling", "layers",
     "reconstruction", "t", "noise_draws", "width", "blocks", "epochs", "partial", "profile", "device",
-    "images_per_second", "version", "date", "seeds",
+    "images_per_second", "version", "date", "seeds", "stages",
 ]
 # fmt: on
-MEASURED = ("value", "ci_low", "ci_high", "images_per_second", "device", "version", "date", "seeds")
+MEASURED = (
+    "value",
+    "ci_low",
+    "ci_high",
+    "images_per_second",
+    "device",
+    "version",
+    "date",
+    "seeds",
+    "stages",
+)  # fmt: skip
 SETTINGS = [column for column in COLUMNS if column not in MEASURED]  # rows equal in these are replaced
-APPENDED = ("seeds",)  # columns that files of earlier versions lack
+APPENDED = ("seeds", "stages")  # columns that files of earlier versions lack
 VARIANT = ("score", "layers", "reconstruction", "t", "noise_draws")  # what tells a score's column
+AVERAGE = "average"  # the OOD set's name in rows of the unweighted mean over all of them
 
 
 @dataclass(frozen=True)
@@ -66,9 +77,17 @@ def results_folder(profile: str) -> Path:
 
 
 def variant_column(variant: Mapping[str, str | int]) -> str:
-    """``mfsim/2..M/released/t3/k1``."""
+    """``mfsim/2..M/released/t3/k1``; ``knn/all`` where nothing is reconstructed by diffusion."""
     score, layers, mode, t, k = (variant[name] for name in VARIANT)
-    return f"{score}/{layers}/{mode}/t{t}/k{k}"
+    return f"{score}/{layers}/{mode}/t{t}/k{k}" if mode else f"{variant['method']}:{score}/{layers}"
+
+
+def joined(parts: Sequence[SetScores]) -> SetScores:
+    """One run's scores of several sets as one table; ID first. Columns are those of the first."""
+    first = parts[0]
+    partials = {name: part.about.get("partial", "") for part in parts for name in part.sets}
+    table = pd.concat([part.table[list(first.table)] for part in parts], ignore_index=True)
+    return SetScores(table, first.columns, dict(first.about) | {"partials": partials})
 
 
 def write_scores(file: Path, scores: SetScores) -> None:
@@ -91,7 +110,7 @@ def read_scores(file: Path) -> SetScores:
         about = json.loads((table.schema.metadata or {})[b"dlsr"])
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"{file} is not a whole file of scores ({error!r}); run its benchmark again."
+            f"{file} is not a whole file of scores ({error!r}); delete it and run its benchmark again."
         ) from error
     return SetScores(table.to_pandas(), about["columns"], about["about"])
 
@@ -100,38 +119,67 @@ def summarise(runs: Sequence[SetScores], *, id_set: str) -> pd.DataFrame:
     """Rows of `COLUMNS`, in percent, from the same settings' scores under several seeds.
 
     For each OOD set, variant and metric one row a seed and one for their mean; AUROC and FPR95 have
-    a 95 % interval over images (stratified bootstrap, the mean's over the mean of seeds). Rows with
-    ``versus`` are the paired AUROC difference of a headline score from the first score.
+    a 95 % interval over images (stratified bootstrap, the mean's over the mean of seeds), and stand
+    there as the unweighted mean over the OOD sets too, where there are several. Rows with ``versus``
+    are the paired AUROC difference of a headline score from the first score.
     """
-    first = runs[0]
-    names = list(first.columns)
-    rows = []
-    for ood in [name for name in first.sets if name != id_set]:
-        pairs = {name: [(run.of(id_set, name), run.of(ood, name)) for run in runs] for name in names}
-        draws = bootstrap([pair for name in names for pair in pairs[name]])
+    names = list(runs[0].columns)
+    ood_sets = [name for name in runs[0].sets if name != id_set]
+    rows, sums = [], []
+    for ood in ood_sets:
+        pairs = [[(run.of(id_set, name), run.of(ood, name)) for run in runs] for name in names]
+        draws = bootstrap([pair for of_name in pairs for pair in of_name])
         draws = {m: v.reshape(len(names), len(runs), -1) for m, v in draws.items()}
         points = {
-            metric: np.array([[function(*pair) for pair in pairs[name]] for name in names])
+            metric: np.array([[function(*pair) for pair in of_name] for of_name in pairs])
             for metric, function in METRICS.items()
         }
-        common = {
-            "id": id_set,
-            "ood": ood,
-            "n_id": len(pairs[names[0]][0][0]),
-            "n_ood": len(pairs[names[0]][0][1]),
-        }
-        for i, name in enumerate(names):
-            for metric in METRICS:
-                sample = draws[metric][i] if metric in draws else None
-                rows += _rows(runs, name, common | {"metric": metric}, points[metric][i], sample)
-        base = names[0]
-        for i, name in enumerate(names[1:], start=1):
-            same_run = first.columns[name]["reconstruction"] == first.columns[base]["reconstruction"]
-            if same_run and not first.columns[name]["layers"].isdigit():
-                about = common | {"metric": "auroc", "versus": base}
-                difference = draws["auroc"][i] - draws["auroc"][0]
-                rows += _rows(runs, name, about, points["auroc"][i] - points["auroc"][0], difference)
+        n_id, n_ood = map(len, pairs[0][0])
+        common = {"id": id_set, "ood": ood, "n_id": n_id, "n_ood": n_ood}
+        common["partial"] = _partial(runs[0], [id_set, ood])
+        rows += _cells(runs, common, points, draws)
+        sums.append((common, points, draws))
+    if len(ood_sets) > 1:
+        rows += _cells(runs, *_average(runs[0], sums))
     return pd.DataFrame(rows).reindex(columns=COLUMNS)
+
+
+def _average(run: SetScores, sums: list[tuple[dict, dict, dict]]) -> tuple[dict, dict, dict]:
+    """What `_cells` needs for the mean over OOD sets; they share the draws of ID images."""
+    commons, points, draws = zip(*sums, strict=True)
+    common = commons[0] | {"ood": AVERAGE, "n_ood": sum(c["n_ood"] for c in commons)}
+    common["partial"] = _partial(run, [commons[0]["id"], *(c["ood"] for c in commons)])
+    return (
+        common,
+        {metric: np.mean([p[metric] for p in points], axis=0) for metric in draws[0]},
+        {metric: np.mean([d[metric] for d in draws], axis=0) for metric in draws[0]},
+    )
+
+
+def _partial(run: SetScores, sets: Sequence[str]) -> str:
+    """Why the training set or one of these sets is not the whole set that the paper names."""
+    partials = run.about.get("partials", {})
+    reasons = {run.about.get("id_train", "training"): run.about.get("train_partial", "")}
+    reasons |= {name: partials.get(name, "") for name in sets}
+    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
+
+
+def _cells(
+    runs: Sequence[SetScores], common: dict, points: dict[str, np.ndarray], draws: dict[str, np.ndarray]
+) -> list[dict]:
+    """Rows of one OOD set; ``points`` are (names, seeds) a metric, ``draws`` (names, seeds, draws)."""
+    names, columns = list(runs[0].columns), runs[0].columns
+    rows = []
+    for i, name in enumerate(names):
+        for metric, values in points.items():
+            sample = draws[metric][i] if metric in draws else None
+            rows += _rows(runs, name, common | {"metric": metric}, values[i], sample)
+        same = columns[name]["reconstruction"] == columns[names[0]]["reconstruction"]
+        if i and same and not columns[name]["layers"].isdigit():
+            about = common | {"metric": "auroc", "versus": names[0]}
+            difference = draws["auroc"][i] - draws["auroc"][0]
+            rows += _rows(runs, name, about, points["auroc"][i] - points["auroc"][0], difference)
+    return rows
 
 
 def _rows(
@@ -206,8 +254,8 @@ def as_table(rows: pd.DataFrame) -> pd.DataFrame:
             rows[column] = pd.to_numeric(rows[column])
         elif column in WHOLE:
             rows[column] = pd.to_numeric(rows[column]).astype(int)
-        elif column in APPENDED:
+        elif column == "seeds":
             rows[column] = pd.to_numeric(rows[column]).astype("Int64")
         else:
-            rows[column] = rows[column].fillna("").astype(str)
+            rows[column] = rows[column].astype(object).fillna("").astype(str)
     return rows

@@ -11,6 +11,7 @@ from dlsr.training import Trained
 
 FIRST_EPOCH_NOISE = 1_000_003  # added to the seed: LR's two networks have separate draws
 SCORES = ("mse", "lr", "mfsim")
+FIRST_EPOCH = {"mse": "mse_first_epoch", "mfsim": "mfsim_first_epoch"}  # by the network of epoch 1
 LAYER_CHOICES = {"2..M": slice(1, None), "all": slice(None)}  # as released; as printed
 
 
@@ -57,7 +58,8 @@ def all_scores(
 ) -> dict[tuple[str, str], np.ndarray]:
     """Every score by (score, layers), where layers is ``all``, ``2..M`` or one layer's number.
 
-    LR's two networks reconstruct with separate noise draws, as in the released code.
+    MSE and MFsim stand there under the first epoch's network too (`FIRST_EPOCH`). LR's two networks
+    reconstruct with separate noise draws, as in the released code.
     """
     last = reconstruct(trained.network, z0, how, seed=seed, stride_seed=stride_seed)
     first_seed = seed + FIRST_EPOCH_NOISE
@@ -67,10 +69,13 @@ def all_scores(
         "lr": mse_by_layer(z0, first, channels) - mse_by_layer(z0, last, channels),
         "mfsim": mfsim_by_layer(z0, last, channels),
     }
+    first_mfsim = mfsim_by_layer(z0, first, channels)
     scores = {("mse", "all"): mse(z0, last), ("lr", "all"): lr(z0, first, last)}
     for layers, chosen in LAYER_CHOICES.items():
-        if by_layer["mfsim"][:, chosen].shape[1]:
+        if first_mfsim[:, chosen].shape[1]:
             scores["mfsim", layers] = by_layer["mfsim"][:, chosen].mean(axis=1)
+            scores[FIRST_EPOCH["mfsim"], layers] = first_mfsim[:, chosen].mean(axis=1)
+    scores[FIRST_EPOCH["mse"], "all"] = mse(z0, first)
     for score, values in by_layer.items():
         scores |= {(score, str(m + 1)): values[:, m] for m in range(len(channels))}
     return {name: values.astype(np.float32) for name, values in scores.items()}

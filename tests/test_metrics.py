@@ -122,9 +122,9 @@ def test_scores_that_are_none_are_refused(name, id_scores, ood_scores, told):
 def test_the_bootstrap_against_plain_resampling(digits):
     pairs = [scores(40, 33, seed=seed, digits=digits) for seed in (0, 1)]
     values = bootstrap(pairs, draws=25, seed=5)
-    picks = np.random.default_rng(5)
+    id_picks, ood_picks = (np.random.default_rng([5, part]) for part in (0, 1))
     for draw in range(25):
-        i, j = picks.integers(40, size=40), picks.integers(33, size=33)
+        i, j = id_picks.integers(40, size=40), ood_picks.integers(33, size=33)
         for row, (id_scores, ood_scores) in enumerate(pairs):
             again = id_scores[i], ood_scores[j]
             assert values["auroc"][row, draw] == pytest.approx(auroc(*again), abs=1e-12)
@@ -162,6 +162,14 @@ def test_the_bootstrap_follows_its_seed():
     one, same, other = (bootstrap([scores()], draws=9, seed=seed)["auroc"] for seed in (0, 0, 1))
     assert np.array_equal(one, same)
     assert not np.array_equal(one, other)
+
+
+def test_every_ood_set_meets_the_same_draws_of_id():
+    """Against OOD scores that are all the same, AUROC depends on the draws of ID alone."""
+    id_scores, _ = scores()
+    few, many = (bootstrap([(id_scores, np.full(n, 0.5))], draws=30)["auroc"] for n in (7, 90))
+    np.testing.assert_allclose(few, many, rtol=1e-12)
+    assert few.std() > 0
 
 
 def test_pairs_of_other_images_are_refused():

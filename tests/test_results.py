@@ -13,6 +13,7 @@ from dlsr.results import (
     SETTINGS,
     SetScores,
     as_table,
+    joined,
     project_folder,
     read_rows,
     read_scores,
@@ -114,12 +115,12 @@ def test_a_parquet_file_of_something_else_is_refused(tmp_path):
 
 def test_every_cell_has_a_row_for_each_seed_and_one_for_their_mean(summary):
     assert list(summary.columns) == COLUMNS
-    for ood in ("near/test", "far/test"):
+    for ood, metrics in {"near/test": METRICS, "far/test": METRICS, "average": ("auroc", "fpr95")}.items():
         for variant in VARIANTS:
-            for metric in METRICS:
+            for metric in metrics:
                 cell = chosen(summary, ood=ood, metric=metric, versus="", **variant)
                 assert cell["seed"].tolist() == ["0", "1", "mean"]
-    assert set(summary["ood"]) == {"near/test", "far/test"}
+    assert set(summary["ood"]) == {"near/test", "far/test", "average"}
 
 
 def test_values_are_the_metrics_in_percent(summary):
@@ -165,8 +166,70 @@ def test_identical_scores_differ_by_0_with_no_width():
     run = scores(variants=VARIANTS[:2])
     run.table[MFSIM] = run.table[MSE]
     versus = summarise([run], id_set="id/test").query("versus != ''")
-    assert len(versus) == 4
+    assert len(versus) == 3 * 2  # two sets and their average, a seed and the mean
     assert not versus[["value", "ci_low", "ci_high"]].to_numpy().any()
+
+
+def test_the_average_is_the_unweighted_mean_over_ood_sets(summary):
+    """Of its values and, draw by draw, of its interval; the ID images are drawn alike for all sets."""
+    runs = [scores(0), scores(1)]
+    for metric in ("auroc", "fpr95"):
+        of = partial(chosen, summary, metric=metric, versus="", **VARIANTS[1])
+        near, far, average = (of(ood=o)["value"].to_numpy() for o in ("near/test", "far/test", "average"))
+        np.testing.assert_allclose(average, (near + far) / 2)
+    draws = {
+        ood: bootstrap([(run.of("id/test", MFSIM), run.of(ood, MFSIM)) for run in runs], draws=30)
+        for ood in ("near/test", "far/test")
+    }
+    for metric in ("auroc", "fpr95"):
+        values = 50 * (draws["near/test"][metric] + draws["far/test"][metric])
+        cell = chosen(summary, ood="average", metric=metric, versus="", **VARIANTS[1])
+        expected = [interval(values[0]), interval(values[1]), interval(values.mean(0))]
+        assert list(zip(cell["ci_low"], cell["ci_high"], strict=True)) == [
+            pytest.approx(pair) for pair in expected
+        ]
+    assert set(chosen(summary, ood="average")["n_ood"]) == {15 + 10}
+    assert set(chosen(summary, ood="average")["n_id"]) == {20}
+
+
+def test_a_single_ood_set_has_no_average():
+    whole = scores(variants=VARIANTS[:1])
+    run = SetScores(whole.table[whole.table["set"] != "far/test"], whole.columns, whole.about)
+    assert set(summarise([run], id_set="id/test")["ood"]) == {"near/test"}
+
+
+def test_rows_say_which_sets_are_not_whole():
+    whole = scores(variants=VARIANTS[:1])
+    about = {"id_train": "id/train", "train_partial": "half", "partials": {"id/test": "", "far/test": "few"}}
+    rows = summarise([SetScores(whole.table, whole.columns, whole.about | about)], id_set="id/test")
+    found = rows.groupby("ood")["partial"].unique().map(list).to_dict()
+    told = ["id/train: half; far/test: few"]
+    assert found == {"near/test": ["id/train: half"], "far/test": told, "average": told}
+
+
+def test_sets_are_joined_into_one_run():
+    whole = scores()
+    parts = [
+        SetScores(whole.table[whole.table["set"] == name], whole.columns, whole.about | {"partial": told})
+        for name, told in (("id/test", ""), ("near/test", "few"))
+    ]
+    turned = parts[1].table[[*parts[1].table.columns[:2], *reversed(parts[1].table.columns[2:])]]
+    run = joined([parts[0], SetScores(turned, parts[1].columns, parts[1].about)])
+    assert run.sets == ["id/test", "near/test"]
+    assert np.array_equal(run.of("near/test", MFSIM), whole.of("near/test", MFSIM))
+    assert run.about["partials"] == {"id/test": "", "near/test": "few"}
+    assert run.columns == whole.columns
+
+
+def test_a_method_without_reconstruction():
+    """Its columns bear its name, and its scores are compared with its own first."""
+    plain = {"reconstruction": "", "t": 0, "noise_draws": 0, "method": "probe"}
+    variants = [plain | {"score": name, "layers": "last"} for name in ("msp", "dice")]
+    assert [variant_column(variant) for variant in variants] == ["probe:msp/last", "probe:dice/last"]
+    rows = summarise([scores(variants=variants)], id_set="id/test")
+    assert set(rows["method"]) == {"probe"}
+    assert set(rows.loc[rows["versus"] != "", "score"]) == {"dice"}
+    assert set(rows["versus"]) == {"", "probe:msp/last"}
 
 
 def test_rows_say_what_they_are_of(summary):
@@ -218,7 +281,7 @@ def test_rows_of_the_same_settings_are_replaced_and_others_kept(summary, tmp_pat
 
 
 def test_what_was_measured_is_no_setting():
-    assert not {"value", "ci_low", "ci_high", "date", "version", "device"} & set(SETTINGS)
+    assert not {"value", "ci_low", "ci_high", "date", "version", "device", "stages"} & set(SETTINGS)
     assert {"seed", "metric", "t", "epochs", "weights_sha256", "versus", "n_train"} <= set(SETTINGS)
 
 
@@ -234,8 +297,9 @@ def test_a_table_that_lacks_columns_is_refused(summary, tmp_path):
 def test_a_table_of_an_earlier_version_is_read_and_added_to(summary, tmp_path):
     """Columns may be appended: what was measured before has them empty."""
     file = tmp_path / "table.csv"
-    summary.drop(columns=["seeds"]).to_csv(file, index=False)
+    summary.drop(columns=["seeds", "stages"]).to_csv(file, index=False)
     assert read_rows(file)["seeds"].isna().all()
+    assert set(read_rows(file)["stages"]) == {""}
     rows = write_rows(file, summary.assign(benchmark="another"))
     assert len(rows) == 2 * len(summary)
     assert rows.loc[rows["benchmark"] == "another", "seeds"].notna().all()

@@ -89,7 +89,11 @@ def test_all_scores_by_their_names(trained):
     how = Reconstruction("one_step", t=20, noise_draws=2)
     scores = all_scores(trained, z0, (8, 4, 4), how, seed=3)
     layers = [(score, str(m)) for score in ("mse", "lr", "mfsim") for m in (1, 2, 3)]
-    assert set(scores) == {("mse", "all"), ("lr", "all"), ("mfsim", "all"), ("mfsim", "2..M"), *layers}
+    assert set(scores) == {
+        ("mse", "all"), ("lr", "all"), ("mfsim", "all"), ("mfsim", "2..M"), *layers,
+        ("mse_first_epoch", "all"), ("mfsim_first_epoch", "all"), ("mfsim_first_epoch", "2..M"),
+    }  # fmt: skip
+    assert next(iter(scores)) == ("mse", "all")  # which the others are compared with
     assert all(values.shape == (7,) and values.dtype == np.float32 for values in scores.values())
 
     last = reconstruct(trained.network, z0, how, seed=3)
@@ -106,6 +110,30 @@ def test_all_scores_by_their_names(trained):
     np.testing.assert_allclose(scores["mse", "all"] + scores["lr", "all"], 1, atol=0.2)  # a silent first
 
 
+def test_the_first_epochs_scores_are_its_own_networks():
+    """LR is the difference of the two MSEs; a first network that returns its input is nearly right."""
+    z0 = easy_features(7)[0]
+    trained = Trained(Rule(lambda z, t: 0 * z), Rule(lambda z, t: z), [1.0], None)
+    scores = all_scores(trained, z0, (16, 16), Reconstruction("one_step", t=1))
+    first, last = scores["mse_first_epoch", "all"], scores["mse", "all"]
+    np.testing.assert_allclose(scores["lr", "all"], first - last, atol=1e-6)
+    np.testing.assert_allclose(first, 0.0015, rtol=1)  # the noise of the first step
+    np.testing.assert_allclose(last, 1, atol=0.1)
+    for layers in ("all", "2..M"):
+        assert scores["mfsim_first_epoch", layers] == pytest.approx(-1, abs=0.01)
+        assert scores["mfsim", layers].tolist() == [0] * 7  # of a network that is silent
+
+
+def test_the_first_epochs_mfsim_takes_the_chosen_layers(trained):
+    """The layers are turned apart: on layer 1 the first network gives the opposite."""
+    z0 = easy_features(7, channels=(8, 4, 4))[0]
+    turned = torch.tensor([-1.0] * 8 + [1.0] * 8)
+    one = Trained(trained.network, Rule(lambda z, t: turned * z), [1.0], None)
+    scores = all_scores(one, z0, (8, 4, 4), Reconstruction("one_step", t=1))
+    assert scores["mfsim_first_epoch", "2..M"] == pytest.approx(-1, abs=0.02)
+    assert scores["mfsim_first_epoch", "all"] == pytest.approx(-1 / 3, abs=0.02)
+
+
 def test_lrs_networks_get_noise_of_their_own(trained):
     z0 = easy_features(7)[0]
     twins = Trained(trained.network, trained.network, [1.0], None)
@@ -116,6 +144,7 @@ def test_all_scores_of_a_single_layer(trained):
     z0 = np.random.RandomState(0).randn(3, 16).astype(np.float32)
     assert set(all_scores(trained, z0, (16,))) == {
         ("mse", "all"), ("lr", "all"), ("mfsim", "all"), ("mse", "1"), ("lr", "1"), ("mfsim", "1"),
+        ("mse_first_epoch", "all"), ("mfsim_first_epoch", "all"),
     }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from conftest import ROOT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from dlsr.benchmarks import ITEMS, Parameters
+from dlsr.benchmarks import ITEMS, REPORTS, Parameters
 
 try:
     import tomllib
@@ -21,7 +21,7 @@ except ModuleNotFoundError:  # Python 3.10, where pytest brings its twin
 
 ORDER = [
     "datasets", "encoders", "features", "lfdn", "diffusion", "training", "scores", "metrics", "detector",
-    "baselines", "results", "benchmarks", "plots", "cli",
+    "baselines", "results", "experiments", "benchmarks", "reports", "plots", "cli",
 ]  # fmt: skip
 MODULES = sorted((ROOT / "dlsr").glob("*.py"))
 SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -134,18 +134,32 @@ def test_a_source_holds_no_outputs(source):
     assert code(notebook)
     assert not any(cell.outputs or cell.execution_count for cell in code(notebook))
     assert notebook.metadata.kernelspec["name"] == "python3"
-    assert source.stem in ITEMS
+    assert source.stem in {**ITEMS, **REPORTS}
 
 
-@pytest.mark.parametrize("source", files(SOURCES, "notebooks"))
+@pytest.mark.parametrize("name", [*ITEMS, *REPORTS])
+def test_every_item_and_report_has_a_notebook(name):
+    assert ROOT / "notebooks" / f"{name}.ipynb" in SOURCES
+
+
+def parameter_cells(notebook):
+    return [cell for cell in notebook.cells if "parameters" in tags(cell)]
+
+
+@pytest.mark.parametrize("source", files([s for s in SOURCES if s.stem not in REPORTS], "notebooks"))
 def test_a_sources_parameters_are_the_packages(source):
-    (cell,) = (cell for cell in read(source).cells if "parameters" in tags(cell))
+    (cell,) = parameter_cells(read(source))
     given = {}
     for node in ast.parse(cell.source).body:
         assert isinstance(node, ast.Assign | ast.AnnAssign)
         target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
         given[target.id] = type(ast.literal_eval(node.value))
     assert given == {field.name: type(field.default) for field in fields(Parameters)}
+
+
+@pytest.mark.parametrize("source", files([s for s in SOURCES if s.stem in REPORTS], "notebooks"))
+def test_a_report_has_no_parameters(source):
+    assert parameter_cells(read(source)) == []
 
 
 @pytest.mark.parametrize("source", files(SOURCES, "notebooks"))
