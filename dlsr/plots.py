@@ -195,6 +195,21 @@ def coverage_table(coverage: pd.DataFrame) -> pd.DataFrame:
     )
 
 
+def furthest(cells: pd.DataFrame) -> pd.DataFrame:
+    """Cells of `reports.all_cells` in a line each."""
+    return pd.DataFrame(
+        {
+            "ID": cells["id"].map(set_name),
+            "OOD": cells["ood"].map(set_name),
+            "line": cells["line"],
+            "metric": cells["metric"].str.upper(),
+            "paper (quoted)": cells["paper"],
+            "measured": [with_interval(r.measured, r.ci_low, r.ci_high) for r in cells.itertuples()],
+            "difference": cells["difference"].map("{:+.1f}".format),
+        }
+    )
+
+
 def browsable(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows of a results table that a reader wants to see, with intervals."""
     headline = rows["reconstruction"].isin(["", "released"]) & rows["t"].isin([0, 3])
@@ -410,6 +425,26 @@ def coverage_bars(coverage: pd.DataFrame, *, title: str) -> Figure:
     axis.barh(y, coverage["measured"], color=PALETTE[0], label="measured")
     axis.set(yticks=y, yticklabels=coverage["item"], xlabel="cells")
     axis.legend(frameon=False)
+    return _finish(figure, title)
+
+
+def paper_against_measured(cells: pd.DataFrame, *, title: str) -> Figure:
+    """Every cell as a point, the paper's value across and the measured one up, a panel a metric."""
+    figure, axes = _figure(len(METRIC_NAMES), height=3.7)
+    lines = list(cells["line"].unique())
+    for axis, (metric, label) in zip(axes[0], METRIC_NAMES.items(), strict=True):
+        part = cells[cells["metric"] == metric]
+        for line, colour in zip(lines, LINE_COLOURS, strict=False):
+            points = part[part["line"] == line]
+            errors = [points["measured"] - points["ci_low"], points["ci_high"] - points["measured"]]
+            axis.errorbar(points["paper"], points["measured"], yerr=errors, fmt="o", ms=4, lw=1,
+                          color=colour, label=line)  # fmt: skip
+        ends = [min(axis.get_xlim()[0], axis.get_ylim()[0]), max(axis.get_xlim()[1], axis.get_ylim()[1])]
+        axis.plot(ends, ends, color="0.5", ls="--", lw=1, zorder=0)
+        axis.set(xlabel=f"paper (quoted), {label.split(':')[0]}", aspect="equal", xlim=ends, ylim=ends)
+    axes[0][0].set_ylabel("measured here")
+    handles, names = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
     return _finish(figure, title)
 
 

@@ -242,6 +242,15 @@ def coverage(profile: str) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+def all_cells(profile: str) -> pd.DataFrame:
+    """The cells of every table that the paper prints and that are measured; each once, no averages."""
+    runs = [settings(name, {"profile": profile}) for name, item in ITEMS.items() if profile in item.profiles]
+    cells = pd.concat([compare(run, results(run)) for run in runs])
+    cells = cells[(cells["ood"] != AVERAGE) & cells["same"].astype(bool)]
+    cells = cells.dropna(subset=["measured", "paper"])
+    return cells.drop_duplicates(["id", "ood", "line", "metric", "setting"]).reset_index(drop=True)
+
+
 def missing(profile: str) -> pd.DataFrame:
     """Cells that are not measured, by reason: ``why``, ``cells``, ``sets``, ``items``."""
     lines = []
