@@ -271,8 +271,11 @@ def code_hash(*parts: str) -> str:
         source = Path(__file__).with_name(f"{module}.py").read_text("utf-8")
         tree = ast.parse(source)
         lines = _without_comments(source, tree)
-        node = next((n for n in tree.body if getattr(n, "name", None) == name), None)
-        chosen = lines[node.lineno - 1 : node.end_lineno] if node else lines
+        chosen = lines
+        if name:
+            (node,) = (n for n in tree.body if getattr(n, "name", None) == name)
+            first = min(n.lineno for n in (node, *node.decorator_list))
+            chosen = lines[first - 1 : node.end_lineno]
         digest.update("\n".join(line for line in chosen if line).encode())
     return digest.hexdigest()[:12]
 
