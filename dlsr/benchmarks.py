@@ -580,9 +580,7 @@ def _cell(experiment: Experiment, rows: pd.DataFrame, line: Line, ood: str, metr
         "setting": experiment.setting, "id": experiment.id_test, "ood": ood, "line": line.title,
         "same": line.same, "metric": metric, "why": experiment.why_not(ood) if ood != AVERAGE else "",
     }  # fmt: skip
-    ways = experiment.reconstructions
-    way = HEADLINE if HEADLINE in ways else ways[0]
-    wanted = {"ood": ood, "metric": metric} | line.variant(experiment.layers, way)
+    wanted = {"ood": ood, "metric": metric} | line.variant(experiment.layers, experiment.headline)
     found = rows[np.logical_and.reduce([rows[name] == value for name, value in wanted.items()])]
     if len(found):
         (mean,) = found[found["seed"] == "mean"].to_dict("records")
@@ -620,11 +618,6 @@ def headline(rows: pd.DataFrame, *, ood: str, metrics: Sequence[str] = METRICS) 
     return pd.DataFrame(chosen, columns=columns).reset_index(drop=True)
 
 
-def headline_columns() -> list[str]:
-    """The score columns of MSE, LR and MFsim in the headline setting."""
-    return [line.column("all") for line in OURS]
-
-
 def select(rows: pd.DataFrame, **wanted: Any) -> pd.Series:
     """The one row with these values; the mean over seeds in the headline setting unless said."""
     wanted = {"seed": "mean", "versus": ""} | HEADLINE.columns | wanted
@@ -632,6 +625,15 @@ def select(rows: pd.DataFrame, **wanted: Any) -> pd.Series:
     if len(chosen) != 1:
         raise UserError(f"{len(chosen)} rows of the results fit {wanted}; exactly one is needed.")
     return chosen.iloc[0]
+
+
+def with_profile(profile: str) -> list[Item]:
+    """The items that have this profile; an unknown one is refused."""
+    items = [item for item in ITEMS.values() if profile in item.profiles]
+    if not items:
+        known = dict.fromkeys(name for item in ITEMS.values() for name in item.profiles)
+        raise UserError(f"The profile {profile!r} is unknown; choose one of {', '.join(known)}.")
+    return items
 
 
 def state(run: Settings) -> str:

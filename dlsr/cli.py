@@ -16,7 +16,16 @@ from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from dlsr import __version__
-from dlsr.benchmarks import ITEMS, REPORTS, Settings, is_current, run_name, settings, state
+from dlsr.benchmarks import (
+    REPORTS,
+    Parameters,
+    Settings,
+    is_current,
+    run_name,
+    settings,
+    state,
+    with_profile,
+)
 from dlsr.datasets import DATASETS, UserError, data_folder, download, load_images, sets_here
 from dlsr.detector import DLSRDetector
 from dlsr.encoders import PRESETS, get_encoder
@@ -107,10 +116,14 @@ def page_hash(source: Path) -> str:
 def is_up_to_date(run: Settings) -> bool:
     """Whether results and executed copy of a run are those of the code as it stands."""
     copy = executed_copy(run, run.item.name)
-    source = project_folder() / "notebooks" / copy.name
+    source = project_folder() / "notebooks" / f"{run.item.name}.ipynb"
     if not (copy.is_file() and source.is_file() and all(is_current(run, e) for e in run.experiments)):
         return False
-    return nbformat.read(copy, as_version=4).metadata.get("dlsr", {}).get("page") == page_hash(source)
+    try:
+        page = nbformat.read(copy, as_version=4).metadata.get("dlsr", {}).get("page")
+    except (ValueError, OSError, AttributeError):  # of a copy that is damaged
+        return False
+    return page == page_hash(source)
 
 
 def without_volatile(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
@@ -127,20 +140,25 @@ def without_volatile(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 def _run(options: argparse.Namespace) -> int:
-    parameters = {name: _value(text) for name, text in options.parameter}
+    parameters = {name: _value(name, text) for name, text in options.parameter}
     print(f"Wrote {run_notebook(options.notebook, parameters, output=options.out)}")
     return 0
 
 
 def _reproduce(options: argparse.Namespace) -> int:
     """Run what is out of date; go on after a failure, and tell all failures at the end."""
-    parameters = {name: _value(text) for name, text in options.parameter} | {"profile": options.profile}
-    unknown = [name for name in options.items if name not in ITEMS]
+    parameters = {name: _value(name, text) for name, text in options.parameter}
+    if "profile" in parameters:
+        raise UserError("-p profile was given; `dlsr reproduce` takes it as --profile.")
+    parameters["profile"] = options.profile
+    there = [item.name for item in with_profile(options.profile)]
+    unknown = [name for name in options.items if name not in there]
     if unknown:
-        raise UserError(f"There is no item {', '.join(unknown)}; there are {', '.join(ITEMS)}.")
-    names = [n for n in options.items or ITEMS if options.profile in ITEMS[n].profiles]
-    if not names:
-        raise UserError(f"None of these items has the profile {options.profile!r}.")
+        raise UserError(
+            f"There is no item {', '.join(unknown)} with the profile {options.profile!r}; "
+            f"there are {', '.join(there)}."
+        )
+    names = list(dict.fromkeys(options.items)) or there
     runs = {name: settings(name, dict(parameters)) for name in names}
     todo = [name for name, run in runs.items() if not is_up_to_date(run)]
     failed = {}
@@ -236,7 +254,10 @@ def _features(images: str, options: argparse.Namespace) -> Features:
     return extract(load_images(images), get_encoder(options.encoder), on_error=on_error)
 
 
-def _value(text: str) -> str | int | float:
+def _value(name: str, text: str) -> str | int | float:
+    """A parameter's value from its text; only text where the parameter is text."""
+    if isinstance(getattr(Parameters(), name, 0), str):
+        return text
     try:
         value = json.loads(text)
     except ValueError:

@@ -128,6 +128,16 @@ class Experiment:
         return (self.id_test, *self.available)
 
     @property
+    def headline(self) -> Reconstruction:
+        """The reconstruction of the tables: `HEADLINE`, or the first where that is not among them."""
+        return HEADLINE if HEADLINE in self.reconstructions else self.reconstructions[0]
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of MSE, LR and MFsim among its scores."""
+        return [line.column(self.layers, self.headline) for line in OURS]
+
+    @property
     def lines(self) -> list[Line]:
         """The lines of its table."""
         return [line for line in LINES if line.method in (METHOD, *self.baselines)]
@@ -228,7 +238,7 @@ class Work:
         for way in ways:
             found, about = self._score_by(method, seed, name, way)
             for (score, layers), numbers in found.items():
-                if layers.isdigit() and not (self.experiment.by_layer and way == HEADLINE):
+                if layers.isdigit() and not (self.experiment.by_layer and way == self.experiment.headline):
                     continue
                 variant = {"score": score, "layers": layers} | about
                 columns[variant_column(variant)] = variant
@@ -346,7 +356,7 @@ def _kept(scores: SetScores, method: str, experiment: Experiment) -> list[str]:
         for way in experiment.reconstructions
         for column, variant in scores.columns.items()
         if {name: variant[name] for name in way.columns} == way.columns
-        and (not variant["layers"].isdigit() or (experiment.by_layer and way == HEADLINE))
+        and (not variant["layers"].isdigit() or (experiment.by_layer and way == experiment.headline))
     ]
 
 
@@ -354,9 +364,10 @@ def _holds(scores: SetScores, method: str, experiment: Experiment) -> bool:
     """Whether a file has all columns that the experiment needs."""
     if method != METHOD:
         return True
-    ways = {tuple(variant[name] for name in HEADLINE.columns) for variant in scores.columns.values()}
-    by_layer = any(variant["layers"].isdigit() for variant in scores.columns.values())
-    needed = {tuple(way.columns.values()) for way in experiment.reconstructions}
-    return needed <= ways and (
-        by_layer or not (experiment.by_layer and HEADLINE in experiment.reconstructions)
-    )
+    held = {
+        (variant["layers"].isdigit(), *(variant[name] for name in HEADLINE.columns))
+        for variant in scores.columns.values()
+    }
+    needed = {(False, *way.columns.values()) for way in experiment.reconstructions}
+    by_layer = {(True, *experiment.headline.columns.values())} if experiment.by_layer else set()
+    return needed | by_layer <= held

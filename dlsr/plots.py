@@ -17,7 +17,8 @@ from sklearn.metrics import roc_curve
 
 from dlsr.benchmarks import headline
 from dlsr.datasets import DATASETS, ImageSet
-from dlsr.experiments import METHOD, OURS
+from dlsr.diffusion import LARGEST_T
+from dlsr.experiments import METHOD
 from dlsr.features import Features, layer_slices, replace_file
 from dlsr.reports import overall
 from dlsr.results import AVERAGE, SetScores, project_folder
@@ -115,7 +116,7 @@ MEAN_NOTE = (
 
 
 def _note(notes: dict[str, str], text: str) -> str:
-    letter = notes.setdefault(text, chr(ord("a") + len(notes)))
+    letter = notes.setdefault(text, chr(ord("a") + len(notes)) if len(notes) < 26 else str(len(notes)))
     return f"<sup>{letter}</sup>"
 
 
@@ -271,6 +272,12 @@ def _figure(columns: int, *, height: float, rows: int = 1, **options) -> tuple[F
     return figure, axes
 
 
+def _errors(rows: pd.DataFrame, value: str) -> np.ndarray:
+    """The bars' lengths; a bootstrap interval need not hold its point."""
+    below, above = rows[value] - rows["ci_low"], rows["ci_high"] - rows[value]
+    return np.maximum(np.stack([below, above]).astype(float), 0)
+
+
 def _finish(figure: Figure, title: str) -> Figure:
     figure.suptitle(title, wrap=True)
     plt.close(figure)  # shown once, by being a cell's last expression
@@ -401,7 +408,7 @@ def paper_and_measured(comparison: pd.DataFrame, *, title: str) -> Figure:
         for place, line in enumerate(lines):
             rows = part[part["line"] == line].set_index("ood").reindex(oods)
             y = -np.arange(len(oods)) - 0.7 * (place - (len(lines) - 1) / 2) / len(lines)
-            errors = [rows["measured"] - rows["ci_low"], rows["ci_high"] - rows["measured"]]
+            errors = _errors(rows, "measured")
             style = {"color": colours[line], "fmt": "o", "ms": 4, "capsize": 2, "label": line}
             axis.errorbar(rows["measured"], y, xerr=errors, **style)
             paper = {"facecolors": "none", "edgecolors": [colours[line]], "s": 26, "zorder": 3}
@@ -436,7 +443,7 @@ def paper_against_measured(cells: pd.DataFrame, *, title: str) -> Figure:
         part = cells[cells["metric"] == metric]
         for line, colour in zip(lines, LINE_COLOURS, strict=False):
             points = part[part["line"] == line]
-            errors = [points["measured"] - points["ci_low"], points["ci_high"] - points["measured"]]
+            errors = _errors(points, "measured")
             axis.errorbar(points["paper"], points["measured"], yerr=errors, fmt="o", ms=4, lw=1,
                           color=colour, label=line)  # fmt: skip
         ends = [min(axis.get_xlim()[0], axis.get_ylim()[0]), max(axis.get_xlim()[1], axis.get_ylim()[1])]
@@ -454,7 +461,7 @@ def near_comparison(comparison: pd.DataFrame, *, title: str) -> Figure:
     for axis, (metric, label) in zip(axes[0], METRIC_NAMES.items(), strict=True):
         part = comparison[comparison["metric"] == metric]
         value, y = part["measured"], np.arange(len(part))[::-1]
-        errors = [value - part["ci_low"], part["ci_high"] - value]
+        errors = _errors(part, "measured")
         axis.errorbar(value, y, xerr=errors, fmt="o", color=PALETTE[0], capsize=3, label="measured here")
         paper = {"facecolors": "none", "edgecolors": "0.2", "label": "paper (quoted)"}
         axis.scatter(part["paper"], y, marker="D", zorder=3, **paper)
@@ -465,10 +472,10 @@ def near_comparison(comparison: pd.DataFrame, *, title: str) -> Figure:
     return _finish(figure, title)
 
 
-def first_and_last_epoch(scores: SetScores, *, title: str) -> Figure:
-    """Densities of MFsim under the first epoch's network (left) and the last one's (right)."""
+def first_and_last_epoch(scores: SetScores, mfsim: str, *, title: str) -> Figure:
+    """Densities of the column ``mfsim`` under the first epoch's network (left) and the last one's."""
     columns = {
-        f"after epoch {epoch}": OURS[-1].column("all").replace("mfsim", name, 1)
+        f"after epoch {epoch}": mfsim.replace("mfsim", name, 1)
         for epoch, name in (("1", FIRST_EPOCH["mfsim"]), (len(scores.about["losses"]), "mfsim"))
     }
     figure, axes = _figure(len(columns), height=3.2)
@@ -488,7 +495,7 @@ def first_and_last_epoch(scores: SetScores, *, title: str) -> Figure:
 
 def over_timesteps(rows: pd.DataFrame, *, title: str) -> Figure:
     """AUROC and FPR95 over t, a row a metric and a panel a reconstruction, with intervals."""
-    modes = list(rows["reconstruction"].unique())
+    modes = [mode for mode in LARGEST_T if mode in set(rows["reconstruction"])]
     figure, axes = _figure(len(modes), rows=len(METRIC_NAMES), height=4.6, sharex=True, sharey="row")
     for line, metric in zip(axes, METRIC_NAMES, strict=True):
         for axis, mode in zip(line, modes, strict=True):
@@ -503,7 +510,7 @@ def over_timesteps(rows: pd.DataFrame, *, title: str) -> Figure:
             axis.set_xticks(ticks, [str(t) for t in ticks])
             axis.minorticks_off()
         line[0].set_ylabel(f"{metric.upper()}, %")
-    figure.supxlabel("timestep t (released: its n)", fontsize="small")
+    axes[-1][len(modes) // 2].set_xlabel("timestep t (of released: its n)")
     handles, names = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
     return _finish(figure, title)
@@ -513,14 +520,14 @@ def one_or_all_layers(comparison: pd.DataFrame, *, title: str) -> Figure:
     """Mean AUROC of the last layer alone and of all, a panel an ID set; diamonds are the paper's."""
     shown = overall(comparison)
     ids = list(shown["id"].unique())
-    figure, axes = _figure(len(ids), height=3.0, sharey=True)
-    for axis, id_set in zip(axes[0], ids, strict=True):
+    figure, axes = _figure(max(1, len(ids)), height=3.0, sharey=True)
+    for axis, id_set in zip(axes[0], ids, strict=False):
         part = shown[shown["id"] == id_set]
         lines = list(part["line"].unique())
         for i, (setting, rows) in enumerate(part.groupby("setting", sort=False)):
             rows = rows.set_index("line").reindex(lines)
             x = np.arange(len(lines)) + 0.3 * (i - 0.5)
-            errors = [rows["measured"] - rows["ci_low"], rows["ci_high"] - rows["measured"]]
+            errors = _errors(rows, "measured")
             label = {"single": "last layer alone", "multi": "all layers"}.get(setting, setting)
             axis.errorbar(x, rows["measured"], yerr=errors, fmt="o", capsize=3, color=PALETTE[i], label=label)
             axis.scatter(x, rows["paper"], marker="D", facecolors="none", edgecolors=[PALETTE[i]], zorder=3)
@@ -542,7 +549,7 @@ def lfdn_sizes(sizes: pd.DataFrame, *, title: str) -> Figure:
     for i, (line, part) in enumerate(sizes.groupby("line", sort=False)):
         part = part.set_index("size").reindex(names)
         x = np.arange(len(names)) + 0.16 * (i - 1)
-        errors = [part["measured"] - part["ci_low"], part["ci_high"] - part["measured"]]
+        errors = _errors(part, "measured")
         axis.errorbar(x, part["measured"], yerr=errors, fmt="o", capsize=3, color=LINE_COLOURS[i], label=line)
         axis.scatter(x, part["paper"], marker="D", facecolors="none", edgecolors=[LINE_COLOURS[i]], zorder=3)
     axis.set_xticks(range(len(names)), names)
@@ -554,8 +561,8 @@ def lfdn_sizes(sizes: pd.DataFrame, *, title: str) -> Figure:
 def layer_shares(shares: pd.DataFrame, *, title: str) -> Figure:
     """What `reports.layer_shares` returns, a panel an ID set."""
     ids = list(shares["ID"].unique())
-    figure, axes = _figure(len(ids), height=2.9, sharey=True)
-    for axis, name in zip(axes[0], ids, strict=True):
+    figure, axes = _figure(max(1, len(ids)), height=2.9, sharey=True)
+    for axis, name in zip(axes[0], ids, strict=False):
         part = shares[shares["ID"] == name]
         axis.plot(part["layer"], part["alone"], "o", color=PALETTE[0], label="this layer alone")
         axis.plot(
@@ -592,7 +599,7 @@ def layer_bars(table: pd.DataFrame, *, title: str) -> Figure:
     for i, score in enumerate(scores):
         part = table[table["score"] == score]
         x = part["layer"].astype(float) + 0.16 * (i - (len(scores) - 1) / 2)
-        errors = [part["value"] - part["ci_low"], part["ci_high"] - part["value"]]
+        errors = _errors(part, "value")
         style = {"color": SCORE_STYLES[score]["color"], "label": SCORE_NAMES[score]}
         axis.errorbar(x, part["value"], yerr=errors, fmt="o", capsize=3, **style)
     axis.axhline(50, color="0.4", ls="--", lw=1)

@@ -9,7 +9,6 @@ import pandas as pd
 from dlsr.baselines import BASELINES
 from dlsr.benchmarks import (
     B4_PACK,
-    ITEMS,
     Settings,
     compare,
     paper_table,
@@ -19,6 +18,7 @@ from dlsr.benchmarks import (
     settings,
     stamp,
     state,
+    with_profile,
 )
 from dlsr.datasets import DATASETS
 from dlsr.experiments import METHOD, OURS, Experiment
@@ -61,6 +61,7 @@ def differences(run: Settings, rows: pd.DataFrame) -> str:
     trained = ", ".join(
         f"{n:,} of {DATASETS[name].title}" for name, n in zip(counts["id"], counts["n_train"], strict=True)
     )
+    tested = f"a seeded pick of {first.n_test:,} a set at most" if first.n_test else "all are scored"
     bullets = [
         f"**Encoder** `{first.encoder}`: {ENCODERS_SAID.get(first.encoder, 'not one of the paper')}.",
         f"**LFDN**: {training.blocks} blocks x {training.width}, {training.epochs} epochs, seeds: "
@@ -70,7 +71,7 @@ def differences(run: Settings, rows: pd.DataFrame) -> str:
         "each map on a 14x14 grid first (`grid14`).",
         f"**Resolution** `{first.protocol}`: `native`, as in the released code, brings every image straight "
         "to 224x224.",
-        "**Test images**: all are scored; the released code drops the last partial batch.",
+        f"**Test images**: {tested}; the released code drops the last partial batch.",
     ]
     return "\n".join(f"- {bullet}" for bullet in bullets)
 
@@ -132,8 +133,9 @@ def first_and_last(run: Settings, rows: pd.DataFrame) -> pd.DataFrame:
     for experiment in run.experiments:
         own = rows[rows["stages"] == stamp(experiment)]
         for ood in experiment.available:
+            mfsim = OURS[-1].variant(experiment.layers, experiment.headline) | {"metric": "auroc"}
             both = {
-                score: select(own, ood=ood, **(OURS[-1].variant("all") | {"score": score, "metric": "auroc"}))
+                score: select(own, ood=ood, **(mfsim | {"score": score}))
                 for score in (FIRST_EPOCH["mfsim"], "mfsim")
             }
             first, last = (cell["value"] for cell in both.values())
@@ -172,19 +174,22 @@ def timestep_title(means: pd.DataFrame) -> str:
     """Where MFsim is best, and what is left of it at t = 1."""
     auroc = means[(means["metric"] == "auroc") & (means["score"] == "mfsim")]
     at_1 = auroc[auroc["t"] == 1].set_index("reconstruction")["value"]
+    if not {"released", "paper"} <= set(at_1.index):
+        return "AUROC and FPR95 at the timestep asked for"
     others = at_1.drop("released")
     return (
-        f"At t = 1 MFsim is at {at_1['released']:.0f} % in the released code's way and at "
-        f"{others.min():.1f} to {others.max():.1f} % in the others"
+        f"At t = 1 MFsim is at {at_1['released']:.0f} % the released code's way, "
+        f"at {np.floor(others.min()):.0f} % or more the others"
     )
 
 
 def timesteps_said(means: pd.DataFrame) -> str:
     """The best t of each score and reconstruction, as a list in Markdown."""
     bullets = []
+    titles = {line.score: line.title for line in OURS}
     for mode, part in _best_timesteps(means).groupby("reconstruction", sort=False):
-        best = ", ".join(f"{r.score.upper()} at t = {r.t} ({r.value:.1f} %)" for r in part.itertuples())
-        bullets.append(f"- `{mode}`: the best mean AUROC is of {best}.")
+        best = ", ".join(f"{titles[r.score]} at t = {r.t} ({r.value:.1f} %)" for r in part.itertuples())
+        bullets.append(f"- `{mode}`: the mean AUROC is highest for {best}.")
     return "\n".join(bullets)
 
 
@@ -195,15 +200,25 @@ def layer_shares(run: Settings) -> pd.DataFrame:
     """
     lines = []
     for experiment in run.experiments:
-        if experiment.by_layer:
+        if experiment.by_layer and experiment.layers == "all":
             scores = scores_of(run, experiment)[METHOD][0]
             lines += _layer_shares(scores, experiment)
     return pd.DataFrame(lines, columns=["ID", "layer", "alone", "left out", "all"])
 
 
+def layer_shares_title(shares: pd.DataFrame) -> str:
+    """Which layer's error tells most alone, on average over ID sets, and which is missed most."""
+    mean = shares.groupby("layer")[["alone", "left out", "all"]].mean()
+    missed = mean["all"] - mean["left out"]
+    return (
+        f"Layer {mean['alone'].idxmax()} alone reaches {mean['alone'].max():.0f} %; leaving out layer "
+        f"{missed.idxmax()} costs most, {missed.max():.1f} points"
+    )
+
+
 def _layer_shares(scores: SetScores, experiment: Experiment) -> list[dict[str, Any]]:
     channels = np.array(scores.about["channels"])
-    whole_column = OURS[0].column("all")
+    whole_column = experiment.columns[0]
 
     def mean_auroc(values: np.ndarray) -> float:
         of = {name: values[(scores.table["set"] == name).to_numpy()] for name in scores.sets}
@@ -227,9 +242,7 @@ def coverage(profile: str) -> pd.DataFrame:
     Reads committed files alone. A cell is one value of the item's table, averages left out.
     """
     lines = []
-    for item in ITEMS.values():
-        if profile not in item.profiles:
-            continue
+    for item in with_profile(profile):
         run = settings(item.name, {"profile": profile})
         cells = compare(run, results(run))
         cells = cells[cells["ood"] != AVERAGE]
@@ -244,7 +257,7 @@ def coverage(profile: str) -> pd.DataFrame:
 
 def all_cells(profile: str) -> pd.DataFrame:
     """The cells of every table that the paper prints and that are measured; each once, no averages."""
-    runs = [settings(name, {"profile": profile}) for name, item in ITEMS.items() if profile in item.profiles]
+    runs = [settings(item.name, {"profile": profile}) for item in with_profile(profile)]
     cells = pd.concat([compare(run, results(run)) for run in runs])
     cells = cells[(cells["ood"] != AVERAGE) & cells["same"].astype(bool)]
     cells = cells.dropna(subset=["measured", "paper"])
@@ -254,11 +267,10 @@ def all_cells(profile: str) -> pd.DataFrame:
 def missing(profile: str) -> pd.DataFrame:
     """Cells that are not measured, by reason: ``why``, ``cells``, ``sets``, ``items``."""
     lines = []
-    for item in ITEMS.values():
-        if profile in item.profiles:
-            run = settings(item.name, {"profile": profile})
-            cells = compare(run, results(run))
-            lines.append(cells[cells["measured"].isna() & (cells["ood"] != AVERAGE)].assign(item=item.name))
+    for item in with_profile(profile):
+        run = settings(item.name, {"profile": profile})
+        cells = compare(run, results(run))
+        lines.append(cells[cells["measured"].isna() & (cells["ood"] != AVERAGE)].assign(item=item.name))
     cells = pd.concat(lines)
     cells = cells.assign(ood=[DATASETS[name].title for name in cells["ood"]])
     named = {"cells": ("ood", "size"), "sets": ("ood", _listed), "items": ("item", _listed)}

@@ -17,7 +17,6 @@ from dlsr.benchmarks import (
     checked,
     compare,
     headline,
-    headline_columns,
     paper_cells,
     read_results,
     reproduce,
@@ -490,7 +489,7 @@ def test_a_run_from_images_to_results(fake, tmp_path, monkeypatch):
         at = partial(select, table, score="mse", layers="all", metric="auroc", seed=str(seed))
         for ood, value in zip([*DEMO_OOD, AVERAGE], [*by_hand, np.mean(by_hand)], strict=True):
             assert at(ood=ood)["value"] == pytest.approx(value, abs=1e-4)
-        assert set(headline_columns()) <= set(scores.columns)
+        assert set(run.experiments[0].columns) <= set(scores.columns)
     with pytest.raises(UserError, match="exactly one"):
         select(rows, score="mse")
 
@@ -617,7 +616,7 @@ def test_a_damaged_file_of_scores_is_named(fake):
 
 
 def test_headline_rows_and_columns():
-    assert headline_columns() == [
+    assert ITEMS[NEAR].profiles["paper"][0].columns == [
         "mse/all/released/t3/k1", "lr/all/released/t3/k1", "mfsim/2..M/released/t3/k1",
     ]  # fmt: skip
     run = settings(NEAR, {"profile": "paper"})

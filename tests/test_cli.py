@@ -1,17 +1,24 @@
+import json
+import os
+import re
+import shutil
 from pathlib import Path
 
 import nbformat
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import FakeEncoder, easy_features, write_folder
+from conftest import ROOT, FakeEncoder, easy_features, image_set, write_folder
 
 from dlsr import __version__, cli
+from dlsr.benchmarks import ITEMS, REPORTS, results_file, run_name, settings, stamp
 from dlsr.cli import main
 from dlsr.datasets import DATASETS, UserError
 from dlsr.detector import DLSRDetector
+from dlsr.experiments import method_name
+from dlsr.results import COLUMNS, write_rows
 
-NEAR = "08_near_ood"
+QUICK, NEAR, GUARD, LMD = "00_quickstart", "08_near_ood", "09_diffguard", "10_lmd"
 
 
 @pytest.fixture(autouse=True)
@@ -28,13 +35,17 @@ def project(tmp_path, monkeypatch):
     folder = tmp_path / "project"
     (folder / "notebooks").mkdir(parents=True)
     (folder / "_config.yml").touch()
+    write_notebook(folder, NEAR)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def write_notebook(folder, name):
     cell = nbformat.v4.new_code_cell('profile: str = "demo"\nepochs: int = 0')
     cell.metadata.tags = ["parameters"]
     notebook = nbformat.v4.new_notebook(cells=[cell])
     notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(notebook, folder / "notebooks" / f"{NEAR}.ipynb")
-    monkeypatch.chdir(folder)
-    return folder
+    nbformat.write(notebook, folder / "notebooks" / f"{name}.ipynb")
 
 
 @pytest.fixture
@@ -79,7 +90,7 @@ def test_outside_the_project_there_is_no_notebook(capsys):
         ("epochs", "-3", "epochs=-3"),
         ("encoder", "vgg99", "vgg99"),
         ("profile", "large", "demo, pack, paper"),
-        ("encoder", "7", "it needs str"),
+        ("encoder", "7", "'7' is unknown"),
     ],
 )
 def test_wrong_parameters_are_refused_before_anything_runs(name, value, told, project, capsys, monkeypatch):
@@ -195,6 +206,20 @@ def test_sets_lists_all_and_says_which_are_here(capsys, tmp_path, monkeypatch):
     assert "10,000 images" in lines["cifar10/test"]
 
 
+def test_sets_are_downloaded_by_name(capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(cli, "download", lambda name: asked.append(name) or image_set(3))
+    assert main(["sets", "--download", "svhn/test", "--download", "cifar10/test"]) == 0
+    assert asked == ["svhn/test", "cifar10/test"]
+    out = capsys.readouterr().out.splitlines()
+    assert out[:2] == ["svhn/test: 3 images are here.", "cifar10/test: 3 images are here."]
+    assert len(out) == 3 + len(DATASETS)
+
+
+def test_a_set_that_nobody_knows_is_not_downloaded(capsys):
+    assert "'cifar11/test' is no known image set" in refused(capsys, "sets", "--download", "cifar11/test")
+
+
 def test_fit_and_score(photos, tmp_path, capsys, fake):
     assert fit(photos, tmp_path / "detector") == 0
     assert "Fitted on 40 images" in capsys.readouterr().out
@@ -269,24 +294,54 @@ def executed(source, path, parameters, **_):
 
 def test_a_run_puts_the_copy_where_it_belongs(project, monkeypatch, capsys):
     monkeypatch.setattr(cli.papermill, "execute_notebook", executed)
-    assert main(["run", NEAR, "-p", "profile", "pack", "-p", "seeds", "1"]) == 0
+    assert main(["run", NEAR, "-p", "profile", "pack", "-p", "t", "3"]) == 0
     copy = project / "book" / "notebooks" / f"{NEAR}.ipynb"
     assert str(copy) in capsys.readouterr().out
     notebook = nbformat.read(copy, as_version=4)
     assert notebook.metadata.papermill == {
-        "parameters": {"profile": "pack", "seeds": 1}, "exception": None,
+        "parameters": {"profile": "pack", "t": 3}, "exception": None,
     }  # fmt: skip
+    assert re.fullmatch("[0-9a-f]{12}", notebook.metadata.dlsr.page)
     assert not any("papermill" in cell.metadata for cell in notebook.cells)
     assert [p.name for p in copy.parent.iterdir()] == [copy.name]
 
 
-@pytest.mark.parametrize("changed", [["profile", "demo"], ["epochs", "3"], ["encoder", "efficientnet_lite0"]])
+@pytest.mark.parametrize("changed", [["epochs", "3"], ["seeds", "1"], ["encoder", "efficientnet_lite0"]])
 def test_a_run_of_other_settings_never_replaces_the_books_copy(project, monkeypatch, changed):
     monkeypatch.setattr(cli.papermill, "execute_notebook", executed)
     assert main(["run", NEAR, "-p", "profile", "pack", "-p", *changed]) == 0
     assert not (project / "book").exists()
     (copy,) = (project / "_build" / "runs").iterdir()
     assert copy.name.startswith(NEAR)
+
+
+def test_the_demos_copy_lies_apart(project, monkeypatch):
+    monkeypatch.setattr(cli.papermill, "execute_notebook", executed)
+    assert main(["run", NEAR]) == 0
+    assert not (project / "book").exists()
+    assert (project / "_build" / "demo" / f"{NEAR}.ipynb").is_file()
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_a_report_goes_into_the_book_and_takes_no_parameters(name, project, monkeypatch, capsys):
+    monkeypatch.setattr(cli.papermill, "execute_notebook", executed)
+    write_notebook(project, name)
+    line = refused(capsys, "run", name, "-p", "profile", "pack", "-p", "seeds", "1")
+    assert "no parameters; profile, seeds was given" in line
+    assert not (project / "book").exists()
+    assert main(["run", name]) == 0
+    assert (project / "book" / "notebooks" / f"{name}.ipynb").is_file()
+
+
+def test_a_dead_kernel_is_one_line(project, monkeypatch, capsys):
+    def die(*_, **__):
+        raise cli.DeadKernelError("Kernel died")
+
+    monkeypatch.setattr(cli.papermill, "execute_notebook", die)
+    line = refused(capsys, "run", NEAR)
+    assert f"{NEAR}.ipynb lost its kernel" in line
+    assert "memory" in line
+    assert not (project / "_build" / "demo").exists()
 
 
 def test_a_named_output_is_kept_to(project, tmp_path, monkeypatch):
@@ -309,3 +364,283 @@ def test_a_failing_cell_is_one_line_and_leaves_the_old_copy(project, monkeypatch
     assert "ValueError" in line
     assert copy.read_text() == "old"
     assert [p.name for p in copy.parent.iterdir()] == [copy.name]
+
+
+# Reproducing
+
+
+class Kernel:
+    """Papermill's stand-in: it writes the copy and the item's results, or raises what the item is to."""
+
+    def __init__(self):
+        self.ran, self.parameters, self.raising = [], [], {}
+
+    def __call__(self, source, path, parameters, **_):
+        name = Path(source).stem
+        self.ran.append(name)
+        self.parameters.append(parameters)
+        if name in self.raising:
+            Path(path).write_text("half")
+            raise self.raising[name]
+        measure(settings(name, dict(parameters)))
+        executed(source, path, parameters)
+
+
+def measure(run):
+    """Rows of every fit on every set of the run, by the code as it stands."""
+    rows = [
+        dict.fromkeys(COLUMNS, "0")
+        | {"method": method_name(method, e.layers), "seed": seed, "ood": ood, "profile": run.profile}
+        | {"stages": stamp(e), "weights_sha256": stamp(e)}
+        for e in run.experiments
+        for method, number in e.fits()
+        for seed in (str(number), "mean")
+        for ood in e.available
+    ]
+    if rows:
+        write_rows(results_file(run), pd.DataFrame(rows))
+
+
+@pytest.fixture
+def kernel(project, monkeypatch):
+    """A project of four items, whose notebooks are run by a `Kernel`."""
+    for name in (QUICK, GUARD, LMD):
+        write_notebook(project, name)
+    monkeypatch.setattr("dlsr.benchmarks.ITEMS", {name: ITEMS[name] for name in (QUICK, NEAR, GUARD, LMD)})
+    kernel = Kernel()
+    monkeypatch.setattr(cli.papermill, "execute_notebook", kernel)
+    return kernel
+
+
+def reproduce(kernel, *arguments, profile="demo"):
+    """The exit status, and the items that were run this time."""
+    kernel.ran.clear()
+    return main(["reproduce", *arguments, "--profile", profile]), list(kernel.ran)
+
+
+def failure(text, name="ValueError"):
+    return cli.PapermillExecutionError(0, 3, "code", name, text, ["Traceback"])
+
+
+def copies(folder):
+    return sorted(path.stem for path in folder.glob("*.ipynb"))
+
+
+def test_every_item_of_the_profile_is_run_and_then_nothing(kernel, project, capsys):
+    assert reproduce(kernel) == (0, [QUICK, NEAR, GUARD, LMD])
+    out = capsys.readouterr().out
+    assert f"[2/4] {NEAR} (not run)" in out
+    assert "0 up to date, 4 executed, 0 failed." in out
+    assert "Nothing to do" not in out
+    assert copies(project / "_build" / "demo") == [NEAR, GUARD, LMD]
+    assert copies(project / "book" / "notebooks") == [QUICK]  # the demo is the quickstart's own profile
+    assert reproduce(kernel) == (0, [])
+    assert "Nothing to do" in capsys.readouterr().out
+
+
+def test_the_packs_copies_go_into_the_book(kernel, project):
+    assert reproduce(kernel, GUARD, LMD, profile="pack") == (0, [GUARD, LMD])
+    assert copies(project / "book" / "notebooks") == [GUARD, LMD]
+    assert not (project / "_build" / "demo").exists()
+
+
+def test_an_item_without_experiments_has_a_page_all_the_same(kernel, project, monkeypatch, capsys):
+    monkeypatch.setattr("dlsr.benchmarks.ITEMS", ITEMS)
+    write_notebook(project, "06_resnet50")
+    assert reproduce(kernel, "06_resnet50", profile="pack") == (0, ["06_resnet50"])
+    assert "(not measured: " in capsys.readouterr().out
+    assert reproduce(kernel, "06_resnet50", profile="pack") == (0, [])
+
+
+def test_what_is_up_to_date_is_skipped(kernel, capsys):
+    reproduce(kernel, GUARD)
+    assert reproduce(kernel, NEAR, GUARD, LMD) == (0, [NEAR, LMD])
+    assert "1 up to date, 2 executed, 0 failed." in capsys.readouterr().out
+    results_file(settings(NEAR, {})).unlink()
+    assert reproduce(kernel, NEAR, GUARD, LMD) == (0, [NEAR])
+
+
+def test_a_page_is_run_again_when_its_source_changes(kernel, project, capsys):
+    reproduce(kernel, NEAR, GUARD)
+    source = project / "notebooks" / f"{GUARD}.ipynb"
+    source.write_text(source.read_text().replace("epochs: int = 0", "epochs: int = 0  # of training"))
+    capsys.readouterr()
+    assert reproduce(kernel, NEAR, GUARD) == (0, [GUARD])
+    assert f"{GUARD} (results up to date, page not)" in capsys.readouterr().out
+    assert reproduce(kernel, NEAR, GUARD) == (0, [])
+
+
+@pytest.mark.parametrize("file", ["plots", "reports", "benchmarks"])
+def test_a_page_is_run_again_when_the_code_that_shows_it_changes(file, kernel, monkeypatch):
+    reproduce(kernel, GUARD)
+    before = cli.code_hash
+    changed = lambda *parts: before(*parts) + "x" * (file in parts)  # noqa: E731
+    monkeypatch.setattr(cli, "code_hash", changed)
+    assert reproduce(kernel, GUARD) == (0, [GUARD])
+    assert reproduce(kernel, GUARD) == (0, [])
+
+
+def test_a_copy_that_does_not_say_its_code_is_out_of_date(kernel, project):
+    reproduce(kernel, GUARD)
+    copy = project / "_build" / "demo" / f"{GUARD}.ipynb"
+    notebook = nbformat.read(copy, as_version=4)
+    del notebook.metadata["dlsr"]
+    nbformat.write(notebook, copy)
+    assert reproduce(kernel, GUARD) == (0, [GUARD])
+
+
+def test_the_others_go_on_after_a_failure_which_is_named_at_the_end(kernel, project, capsys):
+    kernel.raising = {NEAR: failure("no such thing"), LMD: cli.DeadKernelError("Kernel died")}
+    assert reproduce(kernel) == (1, [QUICK, NEAR, GUARD, LMD])
+    captured = capsys.readouterr()
+    assert "0 up to date, 2 executed, 2 failed." in captured.out
+    near, lmd = captured.err.splitlines()[-2:]
+    assert near.startswith(f"dlsr: {NEAR}: ")
+    assert "cell 0: ValueError: no such thing" in near
+    assert lmd.startswith(f"dlsr: {LMD}: {LMD}.ipynb lost its kernel")
+    assert copies(project / "_build" / "demo") == [GUARD]
+    assert copies(project / "_build" / "failed") == [NEAR, LMD]
+    kernel.raising = {}
+    assert reproduce(kernel) == (0, [NEAR, LMD])
+    assert copies(project / "_build" / "failed") == []
+
+
+def test_an_interruption_keeps_what_is_done(kernel, project, capsys):
+    kernel.raising = {NEAR: KeyboardInterrupt()}
+    assert reproduce(kernel) == (130, [QUICK, NEAR])
+    assert "resumed" in capsys.readouterr().err
+    assert copies(project / "book" / "notebooks") == [QUICK]
+    kernel.raising = {}
+    assert reproduce(kernel) == (0, [NEAR, GUARD, LMD])
+
+
+def test_an_unknown_item_is_refused_with_those_there_are(kernel, capsys):
+    line = refused(capsys, "reproduce", NEAR, "99_nothing", "--profile", "demo")
+    assert "There is no item 99_nothing" in line
+    assert all(name in line for name in (QUICK, NEAR, GUARD, LMD))
+    assert "30_deviations" in refused(capsys, "reproduce", "30_deviations")  # a report is no item
+    assert kernel.ran == []
+
+
+@pytest.mark.parametrize(("items", "profile"), [([QUICK], "pack"), ([], "large")])
+def test_items_without_the_profile_are_refused(items, profile, kernel, capsys):
+    assert repr(profile) in refused(capsys, "reproduce", *items, "--profile", profile)
+    assert kernel.ran == []
+
+
+def test_all_items_leave_out_those_without_the_profile(kernel):
+    assert reproduce(kernel, profile="pack") == (0, [NEAR, GUARD, LMD])
+
+
+def test_parameters_are_passed_on(kernel, project):
+    changes = ["-p", "n_train", "130", "-p", "encoder", "resnet50"]
+    assert reproduce(kernel, NEAR, *changes) == (0, [NEAR])
+    assert kernel.parameters == [{"n_train": 130, "encoder": "resnet50", "profile": "demo"}]
+    run = settings(NEAR, dict(kernel.parameters[0]))
+    assert copies(project / "_build" / "runs") == [run_name(run)]
+    assert not (project / "_build" / "demo" / f"{NEAR}.ipynb").exists()
+
+
+def test_a_run_with_parameters_is_not_done_twice(kernel, capsys):
+    assert reproduce(kernel, GUARD, "-p", "n_train", "130") == (0, [GUARD])
+    assert reproduce(kernel, GUARD, "-p", "n_train", "130") == (0, [])
+    assert "Nothing to do" in capsys.readouterr().out
+    assert reproduce(kernel, GUARD, "-p", "n_train", "131") == (0, [GUARD])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("epoch", "3", "'epoch' is no parameter"),
+        ("epochs", "-3", "epochs=-3"),
+        ("layers", "first", "layers='first'"),
+    ],
+)
+def test_wrong_parameters_of_any_item_are_refused_before_the_first_starts(name, value, told, kernel, capsys):
+    assert told in refused(capsys, "reproduce", "--profile", "demo", "-p", name, value)
+    assert kernel.ran == []
+
+
+# Status
+
+
+@pytest.mark.parametrize("profile", ["pack", "paper"])
+def test_the_status_lists_every_item_of_the_profile_without_data(profile, tmp_path, capsys):
+    assert main(["status", "--profile", profile]) == 0
+    heads, *lines = capsys.readouterr().out.splitlines()
+    assert heads.split() == ["item", "profile", "measured", "date", "state"]
+    assert [line.split()[0] for line in lines] == [n for n, i in ITEMS.items() if profile in i.profiles]
+    for line in lines:
+        name, found, measured, *_ = line.split()
+        assert (found, measured) == (profile, "0")
+        assert ("not measured" if ITEMS[name].profiles[profile] == () else "not run") in line
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_status_of_both_profiles_after_a_run(kernel, monkeypatch, capsys):
+    asked = []
+    whole = cli.coverage
+    monkeypatch.setattr("dlsr.benchmarks.ITEMS", {GUARD: ITEMS[GUARD]})
+    monkeypatch.setattr(cli, "coverage", lambda profile: asked.append(profile) or whole(profile))
+    reproduce(kernel, GUARD, profile="pack")
+    capsys.readouterr()
+    assert main(["status"]) == 0
+    assert asked == ["pack", "paper"]
+    pack, paper = capsys.readouterr().out.splitlines()[1:]
+    assert pack.split()[:2] == [GUARD, "pack"]
+    assert pack.endswith("up to date")
+    assert paper.split()[:2] == [GUARD, "paper"]
+    assert paper.endswith("not run")
+
+
+# A whole run
+
+
+NO_NETWORK = """
+import os, socket
+from pathlib import Path
+
+log = Path(os.environ["DLSR_TEST_NETWORK_LOG"])
+log.touch()
+
+def refuse(self, address):
+    with log.open("a") as file:
+        print(address, file=file)
+    raise OSError(f"a test reached for the network: {address}")
+
+socket.socket.connect = socket.socket.connect_ex = refuse
+"""
+
+
+def test_a_real_item_is_reproduced_by_its_notebook(tmp_path, monkeypatch, capsys):
+    project, site, log = tmp_path / "project", tmp_path / "site", tmp_path / "network.txt"
+    shutil.copytree(ROOT / "notebooks", project / "notebooks")
+    (project / "_config.yml").touch()
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(NO_NETWORK)  # the kernel is a process of its own
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(site), str(ROOT)]))
+    monkeypatch.setenv("DLSR_TEST_NETWORK_LOG", str(log))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.chdir(project)
+    sizes = {"n_train": 130, "n_test": 40, "width": 16, "blocks": 1, "epochs": 2}
+    changes = [word for name, n in sizes.items() for word in ("-p", name, str(n))]
+    command = ["reproduce", GUARD, "--profile", "demo", *changes]
+    assert main(command) == 0, capsys.readouterr().err
+    assert log.read_text() == ""
+    run = settings(GUARD, sizes | {"profile": "demo"})
+    copy = project / "_build" / "runs" / f"{run_name(run)}.ipynb"
+    notebook = nbformat.read(copy, as_version=4)
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert not [output for output in outputs if output.output_type in ("error", "stream")]
+    texts = json.dumps(outputs)
+    assert "image/png" in texts
+    assert "130 of digits 0-7" in texts
+    rows = pd.read_csv(results_file(run))
+    assert set(rows["n_id"]) == {40}
+    assert copies(project / "_build" / "failed") == []
+
+    written = copy.stat().st_mtime_ns
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "Nothing to do" in capsys.readouterr().out
+    assert copy.stat().st_mtime_ns == written
