@@ -180,8 +180,9 @@ def _reproduce(options: argparse.Namespace) -> int:
 
 def _status(options: argparse.Namespace) -> int:
     table = pd.concat([coverage(profile) for profile in options.profile or ("pack", "paper")])
-    table = table.assign(measured=[f"{r.measured} of {r.cells}" for r in table.itertuples()])
-    print(table.drop(columns=["title", "cells"]).to_string(index=False))
+    for row in table.itertuples():
+        measured = f"{row.measured} of {row.cells} cells"
+        print(f"{row.item:24} {row.profile:6} {measured:>18}  {row.date or '-':10}  {row.state}")
     return 0
 
 

@@ -318,6 +318,22 @@ def lr_signs() -> pd.DataFrame:
     )
 
 
+def errors_by_epoch(run: Settings) -> pd.DataFrame:
+    """Mean MSE of every set by the first epoch's network and the last one's, first seed: what LR is of."""
+    lines = []
+    for experiment in run.experiments:
+        scores = scores_of(run, experiment)[METHOD][0]
+        last, lr, _ = experiment.columns
+        first = last.replace("mse", FIRST_EPOCH["mse"], 1)
+        for name in scores.sets:
+            errors = {f"MSE, {when} epoch": scores.of(name, column).mean()
+                      for when, column in (("first", first), ("last", last))}  # fmt: skip
+            place = {"ID": DATASETS[experiment.id_test].title, "set": DATASETS[name].title}
+            lines.append(place | errors | {"mean LR": scores.of(name, lr).mean()})
+    table = pd.DataFrame(lines).drop_duplicates(["ID", "set"])
+    return table.assign(**{name: table[name].map("{:.4f}".format) for name in table.columns[2:]})
+
+
 def layers_of_mfsim() -> pd.DataFrame:
     """AUROC of MFsim on layers 2..M, as the released code scores, and on all, as the paper says."""
     rows = pd.concat([measured(item) for item in ("03_rivals", "08_near_ood")])

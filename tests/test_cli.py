@@ -567,8 +567,7 @@ def test_wrong_parameters_of_any_item_are_refused_before_the_first_starts(name, 
 @pytest.mark.parametrize("profile", ["pack", "paper"])
 def test_the_status_lists_every_item_of_the_profile_without_data(profile, tmp_path, capsys):
     assert main(["status", "--profile", profile]) == 0
-    heads, *lines = capsys.readouterr().out.splitlines()
-    assert heads.split() == ["item", "profile", "measured", "date", "state"]
+    lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == [n for n, i in ITEMS.items() if profile in i.profiles]
     for line in lines:
         name, found, measured, *_ = line.split()
@@ -586,7 +585,7 @@ def test_the_status_of_both_profiles_after_a_run(kernel, monkeypatch, capsys):
     capsys.readouterr()
     assert main(["status"]) == 0
     assert asked == ["pack", "paper"]
-    pack, paper = capsys.readouterr().out.splitlines()[1:]
+    pack, paper = capsys.readouterr().out.splitlines()
     assert pack.split()[:2] == [GUARD, "pack"]
     assert pack.endswith("up to date")
     assert paper.split()[:2] == [GUARD, "paper"]
