@@ -127,7 +127,7 @@ def _column_title(group: pd.DataFrame, ood: str, notes: dict[str, str]) -> str:
     cells = group[group["ood"] == ood]
     found = [text for texts in cells["partial"].dropna() for text in texts.split("; ") if text]
     marks = [f"{set_name(key)}: {reason}" for key, reason in (t.split(": ", 1) for t in dict.fromkeys(found))]
-    marks += [f"{set_name(ood)}: not measured, {why}" for why in cells["why"].unique() if why]
+    marks += [f"Not measured: {why}." for why in cells["why"].unique() if why]
     return set_name(ood) + " ".join(_note(notes, mark) for mark in marks)
 
 
@@ -138,12 +138,12 @@ def _cell(cells: pd.DataFrame, ood: str, notes: dict[str, str]) -> str:
     measured = "–"
     if pd.notna(row["measured"]):
         seeds = f"; seeds {row['seed_low']:.1f}–{row['seed_high']:.1f}"
-        several = round(row["seed_low"], 4) != round(row["seed_high"], 4)
+        several = round(row["seed_low"], 1) != round(row["seed_high"], 1)
         interval = f"[{row['ci_low']:.1f}, {row['ci_high']:.1f}]{seeds if several else ''}"
-        measured = f"<b>{row['measured']:.1f}</b> <small>{interval}</small>"
+        measured = f"<b>{row['measured']:.1f}</b> <span class='beside'>{interval}</span>"
     if pd.isna(row["paper"]):
         return measured
-    paper = f"<small>paper {row['paper']:.1f}"
+    paper = f"paper {row['paper']:.1f}"
     if not row["same"]:
         paper += _note(notes, "The paper's value is of other features or another classifier.")
     elif pd.notna(row["difference"]):
@@ -151,7 +151,7 @@ def _cell(cells: pd.DataFrame, ood: str, notes: dict[str, str]) -> str:
         better = (row["difference"] > 0) == (row["metric"] == "auroc")
         colour = "" if inside else "better" if better else "worse"
         paper += f', <span class="{colour}">{row["difference"]:+.1f}</span>'
-    return f"{measured}<br>{paper}</small>"
+    return f"{measured}<br><span class='beside'>{paper}</span>"
 
 
 def beside(cell: pd.Series) -> str:
@@ -401,9 +401,12 @@ def paper_and_measured(comparison: pd.DataFrame, *, title: str) -> Figure:
     lines = list(shown["line"].unique())
     colours = dict(zip(lines, LINE_COLOURS, strict=False))
     sets = max(part["ood"].nunique() for _, part in groups)
-    height = 1.3 + 0.17 * len(lines) * sets
-    figure, axes = _figure(len(groups), height=height)
-    for axis, ((id_set, metric), part) in zip(axes[0], groups, strict=True):
+    down = -(-len(groups) // 2)
+    height = 0.6 + down * (0.7 + 0.17 * len(lines) * sets)
+    figure, axes = _figure(min(2, len(groups)), rows=down, height=height)
+    for axis in axes.flat[len(groups) :]:
+        axis.set_axis_off()
+    for axis, ((id_set, metric), part) in zip(axes.flat, groups, strict=False):
         oods = list(part["ood"].unique())
         for place, line in enumerate(lines):
             rows = part[part["line"] == line].set_index("ood").reindex(oods)

@@ -28,20 +28,21 @@ from dlsr.scores import FIRST_EPOCH
 
 
 def plan(run: Settings) -> pd.DataFrame:
-    """What a run fits and scores, a row an experiment."""
-    return pd.DataFrame(
+    """What a run fits and scores, a row an experiment; columns that are empty are left out."""
+    table = pd.DataFrame(
         {
             "ID": DATASETS[e.id_train].title,
-            "setting": e.setting or "–",
+            "setting": e.setting,
             "encoder": e.encoder,
-            "LFDN": f"{e.training.blocks}x{e.training.width}, {e.training.epochs} epochs",
+            "LFDN": f"{size_name(e)}, {e.training.epochs} epochs",
             "layers": e.layers,
             "seeds": e.seeds,
-            "beside it": ", ".join(BASELINES[name].title for name in e.baselines) or "–",
+            "beside it": ", ".join(BASELINES[name].title for name in e.baselines),
             "OOD sets": f"{len(e.available)} of {len(e.ood)}",
         }
         for e in run.experiments
     )
+    return table[[column for column in table if table[column].ne("").any()]]
 
 
 ENCODERS_SAID = {

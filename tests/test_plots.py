@@ -187,12 +187,15 @@ def only_cell(**changes):
 def test_a_difference_has_its_colour_by_the_interval_and_the_metric(changes, shown):
     paper = changes.get("paper", 87.5)
     assert only_cell(**changes) == (
-        f"<b>86.0</b> <small>[85.5, 86.5]</small><br><small>paper {paper:.1f}, {shown}</small>"
+        "<b>86.0</b> <span class='beside'>[85.5, 86.5]</span><br>"
+        f"<span class='beside'>paper {paper:.1f}, {shown}</span>"
     )
 
 
 def test_the_seeds_range_stands_there_where_they_differ():
-    assert "<small>[85.5, 86.5]; seeds 85.0–87.0</small>" in only_cell(seed_low=85.0, seed_high=87.0)
+    assert "<span class='beside'>[85.5, 86.5]; seeds 85.0–87.0</span>" in only_cell(
+        seed_low=85.0, seed_high=87.0
+    )
     assert "seeds" not in only_cell(seed_high=86.0 + 1e-9)  # the mean of one, in other digits
 
 
@@ -200,20 +203,20 @@ def test_no_difference_from_values_on_other_features():
     html = plots.comparison_tables(compared({"line": "kNN", "same": False}))
     name, content = tags(html, "td")
     assert name == "kNN"
-    assert content.endswith("<small>paper 87.5<sup>a</sup></small>")
+    assert content.endswith("<span class='beside'>paper 87.5<sup>a</sup></span>")
     assert tags(html, "li") == ["<sup>a</sup> The paper's value is of other features or another classifier."]
 
 
 def test_no_difference_from_a_mean_over_other_sets():
     table = compared({}).assign(difference=np.nan)
     content = tags(plots.comparison_tables(table), "td")[1]
-    assert content.endswith("<small>paper 87.5</small>")
+    assert content.endswith("<span class='beside'>paper 87.5</span>")
 
 
 def test_a_dash_stands_for_nothing():
     assert only_cell(**missing(paper=np.nan)) == "–"
-    assert only_cell(**missing()) == "–<br><small>paper 87.5</small>"
-    assert only_cell(paper=np.nan) == "<b>86.0</b> <small>[85.5, 86.5]</small>"
+    assert only_cell(**missing()) == "–<br><span class='beside'>paper 87.5</span>"
+    assert only_cell(paper=np.nan) == "<b>86.0</b> <span class='beside'>[85.5, 86.5]</span>"
 
 
 def test_letters_lead_to_notes():
@@ -237,7 +240,7 @@ def test_letters_lead_to_notes():
     letter = {text: key for key, text in notes.items()}
     other = letter["The paper's value is of other features or another classifier."]
     half, little = letter["CIFAR-10: half"], letter["SVHN: fewer than <10>"]
-    isun = letter["iSUN: not measured, not in the data pack"]
+    isun = letter["Not measured: not in the data pack."]
     assert used.count(other) == 5  # of every kNN
     heads = tags(html, "th")
     svhn = f"SVHN<sup>{half}</sup> <sup>{little}</sup>"
@@ -305,9 +308,9 @@ def test_measured_values_stand_beside_the_papers_a_panel_an_id_set_and_metric():
     )  # fmt: skip
     figure = plots.paper_and_measured(table, title="Paper")
     check(figure, "Paper")
-    auroc, fpr95, faces = figure.axes
-    assert [axis.get_xlabel().split(",")[0] for axis in figure.axes] == ["AUROC", "FPR95", "AUROC"]
-    assert [axis.get_title() for axis in figure.axes] == ["ID: CIFAR-10", "ID: CIFAR-10", "ID: CelebA"]
+    auroc, fpr95, faces = panels(figure)  # the fourth place stays empty
+    assert [axis.get_xlabel().split(",")[0] for axis in panels(figure)] == ["AUROC", "FPR95", "AUROC"]
+    assert [axis.get_title() for axis in panels(figure)] == ["ID: CIFAR-10", "ID: CIFAR-10", "ID: CelebA"]
     assert tick_labels(auroc) == ["SVHN", "Textures"]  # iSUN was not measured
     assert auroc.get_yticks().tolist() == [0, -1]
     assert [tick_labels(axis) for axis in (fpr95, faces)] == [["SVHN"], ["SUN"]]
