@@ -491,6 +491,7 @@ def first_and_last_epoch(scores: SetScores, mfsim: str, *, title: str) -> Figure
                 label=set_name(name), common_norm=False, clip=tuple(values.quantile([0, 1])),
             )  # fmt: skip
         axis.set(title=label, xlabel="MFsim, larger = more OOD", ylabel="", yticks=[])
+        axis.xaxis.set_major_locator(MaxNLocator(4))
     handles, names = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
     return _finish(figure, title)
@@ -585,9 +586,9 @@ def timesteps_table(means: pd.DataFrame) -> pd.DataFrame:
     auroc = auroc.assign(
         cell=[with_interval(r.value, r.ci_low, r.ci_high) for r in auroc.itertuples()],
         score=auroc["score"].map(SCORE_NAMES),
-        t=[f"t = {t:3d}" for t in auroc["t"]],
     )
     table = auroc.pivot(index=["reconstruction", "score"], columns="t", values="cell")
+    table.columns = [f"t = {t}" for t in table.columns]
     return table.fillna("not possible").reset_index().rename_axis(columns=None)
 
 

@@ -151,11 +151,19 @@ def growth_said(growth: pd.DataFrame) -> str:
     """What `first_and_last` says of the paper's claim."""
     if growth.empty:
         return "Nothing was measured."
-    more = (growth["gain, points"] > 0).sum()
+    gain = growth["gain, points"]
     return (
-        f"The last epoch's network separates better than the first one's on {more} of {len(growth)} sets; "
-        f"the change in AUROC is {growth['gain, points'].min():+.1f} to "
-        f"{growth['gain, points'].max():+.1f} points."
+        f"The last epoch's network separates better than the first one's on {(gain > 0).sum()} of {len(gain)} "
+        f"sets; AUROC changes by {gain.min():+.1f} to {gain.max():+.1f} points."
+    )
+
+
+def growth_title(growth: pd.DataFrame, id_set: str) -> str:
+    """The same of one ID set, in a line."""
+    gain = growth.loc[growth["ID"] == DATASETS[id_set].title, "gain, points"]
+    return (
+        f"{DATASETS[id_set].title} is ID: from the first to the last epoch AUROC changes by "
+        f"{gain.min():+.1f} to {gain.max():+.1f} points"
     )
 
 
@@ -191,7 +199,14 @@ def timesteps_said(means: pd.DataFrame) -> str:
     for mode, part in _best_timesteps(means).groupby("reconstruction", sort=False):
         best = ", ".join(f"{titles[r.score]} at t = {r.t} ({r.value:.1f} %)" for r in part.itertuples())
         bullets.append(f"- `{mode}`: the mean AUROC is highest for {best}.")
-    return "\n".join(bullets)
+    flat = means[(means["metric"] == "auroc") & (means["t"] > 1)].groupby(["score", "reconstruction"])[
+        "value"
+    ]
+    spread = (flat.max() - flat.min()).groupby("score").max()
+    moved = ", ".join(f"{titles[score]} by {points:.1f}" for score, points in spread.items())
+    return "\n".join(
+        [*bullets, f"- Above t = 1, t moves the mean AUROC of one reconstruction at most: {moved} points."]
+    )
 
 
 def layer_shares(run: Settings) -> pd.DataFrame:
