@@ -153,8 +153,8 @@ def growth_said(growth: pd.DataFrame) -> str:
         return "Nothing was measured."
     gain = growth["gain, points"]
     return (
-        f"The last epoch's network separates better than the first one's on {(gain > 0).sum()} of {len(gain)} "
-        f"sets; AUROC changes by {gain.min():+.1f} to {gain.max():+.1f} points."
+        f"The last epoch's network separates better than the first one's on {(gain > 0).sum()} of "
+        f"{len(gain)} sets; AUROC changes by {gain.min():+.1f} to {gain.max():+.1f} points."
     )
 
 
