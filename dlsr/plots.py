@@ -1,6 +1,5 @@
 """Every figure of the book, in one style. A function draws one figure and returns it."""
 
-import base64
 import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -232,17 +231,6 @@ def browsable(rows: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def download_links(tables: Mapping[str, pd.DataFrame]) -> str:
-    """HTML that lets a reader save each table; the CSV is in the page itself."""
-    links = []
-    for name, rows in tables.items():
-        content = base64.b64encode(rows.to_csv(index=False).encode()).decode()
-        links.append(
-            f'<li><a download="{name}.csv" href="data:text/csv;base64,{content}">{name}.csv</a></li>'
-        )
-    return f"<ul>{''.join(links)}</ul>"
-
-
 def save(figure: Figure, name: str) -> Path:
     """Write a figure into ``book/images``, for the pages that are no notebooks."""
     path = project_folder() / "book" / "images" / name
@@ -423,7 +411,7 @@ def paper_and_measured(comparison: pd.DataFrame, *, title: str) -> Figure:
     handles, names = axes[0][0].get_legend_handles_labels()
     diamond = axes[0][0].scatter([], [], marker="D", facecolors="none", edgecolors="0.3", s=26)
     figure.legend([*handles, diamond], [*names, "paper (quoted)"], loc="outside lower center",
-                  ncols=min(5, len(names) + 1), frameon=False)  # fmt: skip
+                  ncols=min(4, len(names) + 1), frameon=False)  # fmt: skip
     return _finish(figure, title)
 
 

@@ -1,4 +1,3 @@
-import base64
 import re
 from functools import partial
 from html import unescape
@@ -538,14 +537,6 @@ def test_browsable_rows_are_the_headline_ones(rows):
     )  # fmt: skip
     one = main.iloc[0]
     assert table["value"].iloc[0] == plots.with_interval(one["value"], one["ci_low"], one["ci_high"])
-
-
-def test_a_table_is_downloaded_from_the_page_itself(rows):
-    html = plots.download_links({"01_a": rows, "02_b": rows.head(2)})
-    links = re.findall(r'<a download="(.*?)" href="data:text/csv;base64,(.*?)">(.*?)</a>', html)
-    assert [(name, text) for name, _, text in links] == [("01_a.csv",) * 2, ("02_b.csv",) * 2]
-    for (_, content, _), table in zip(links, (rows, rows.head(2)), strict=True):
-        assert base64.b64decode(content).decode() == table.to_csv(index=False)
 
 
 # Tables of one item

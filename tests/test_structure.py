@@ -113,6 +113,13 @@ def test_all_files_name_the_same_repository():
     assert [pair for pair in sorted(found) if pair[1] != address] == []
 
 
+def test_every_table_of_results_can_be_downloaded():
+    page = (ROOT / "book" / "downloads.md").read_text("utf-8")
+    offered = re.findall(r"{download}`\S+ <\.\./results/(\S+)>`", page)
+    assert offered
+    assert sorted(offered) == sorted(path.name for path in (ROOT / "results").glob("*.csv"))
+
+
 # Notebooks
 
 
