@@ -608,7 +608,7 @@ def _printed(experiment: Experiment, printed: pd.DataFrame | None, line: Line, o
         & (printed["setting"] == experiment.setting)
     ]
     values = of_line.set_index("ood")["paper"]
-    if ood == AVERAGE and set(experiment.available) <= set(values.index):
+    if ood == AVERAGE and experiment.available and set(experiment.available) <= set(values.index):
         return {"paper": float(values[list(experiment.available)].mean()), "same_sets": True}
     paper = float(values[ood]) if ood in values.index else np.nan
     return {"paper": paper, "same_sets": ood != AVERAGE or experiment.available == experiment.ood}
