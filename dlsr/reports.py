@@ -280,6 +280,14 @@ def all_cells(profile: str) -> pd.DataFrame:
     return cells.drop_duplicates(["id", "ood", "line", "metric", "setting"]).reset_index(drop=True)
 
 
+def distances_title(cells: pd.DataFrame) -> str:
+    """How far the lines of `all_cells` lie from the paper's AUROC, on average."""
+    auroc_cells = cells[cells["metric"] == "auroc"]
+    mean = auroc_cells["difference"].abs().groupby(auroc_cells["line"]).mean().sort_values()
+    named = ", ".join(f"{line.split(',')[0]} {points:.1f}" for line, points in mean.items())
+    return f"Mean distance from the paper's AUROC, in points: {named}"
+
+
 def missing(profile: str) -> pd.DataFrame:
     """Cells that are not measured, by reason: ``why``, ``cells``, ``sets``, ``items``."""
     lines = []

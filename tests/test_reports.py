@@ -460,3 +460,14 @@ def test_the_committed_tables_in_order(tmp_path):
     for name in ("08_b.csv", "01_a.csv", "README.md", "scores/x.csv"):
         (folder / name).touch()
     assert [file.name for file in module.results_files()] == ["01_a.csv", "08_b.csv"]
+
+
+def test_the_distance_of_each_line_from_the_paper():
+    cells = pd.DataFrame(
+        {
+            "metric": ["auroc", "auroc", "auroc", "fpr95"],
+            "line": ["MSE", "MSE", "AE, MFsim", "LR"],
+            "difference": [-1.0, 2.0, 0.25, 90.0],
+        }
+    )
+    assert module.distances_title(cells).endswith("in points: AE 0.2, MSE 1.5")
