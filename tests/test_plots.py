@@ -416,7 +416,7 @@ def test_scores_over_timesteps():
 
 def test_the_table_of_timesteps_says_what_is_not_possible():
     table = plots.timesteps_table(steps())
-    assert list(table.columns) == ["reconstruction", "score", "t =   1", "t =  10", "t = 100"]
+    assert list(table.columns) == ["reconstruction", "score", "t = 1", "t = 10", "t = 100"]
     table = table.set_index(["reconstruction", "score"])
     assert set(table.index) == {(mode, score) for mode in ("released", "paper") for score in ("MSE", "MFsim")}
     assert table.loc[("released", "MSE")].tolist() == [
