@@ -271,18 +271,29 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    run = commands.add_parser("run", help="execute a notebook and put the copy into the book")
+    settable = argparse.ArgumentParser(add_help=False)
+    settable.add_argument(
+        "-p",
+        dest="parameter",
+        metavar=("NAME", "VALUE"),
+        nargs=2,
+        action="append",
+        default=[],
+        help="a notebook's parameter",
+    )
+
+    run = commands.add_parser(
+        "run", parents=[settable], help="execute a notebook and put the copy into the book"
+    )
     run.add_argument("notebook", help="its name, as 08_near_ood")
-    run.add_argument("-p", dest="parameter", metavar=("NAME", "VALUE"), nargs=2, action="append", default=[])
     run.add_argument("--out", type=Path, help="where the executed copy goes")
     run.set_defaults(command=_run)
 
-    reproduce = commands.add_parser("reproduce", help="run the items that are out of date")
+    reproduce = commands.add_parser(
+        "reproduce", parents=[settable], help="run the items that are out of date"
+    )
     reproduce.add_argument("items", nargs="*", metavar="ITEM", help="as 08_near_ood; none: all")
     reproduce.add_argument("--profile", default="pack", help="demo, pack (default) or paper")
-    reproduce.add_argument(
-        "-p", dest="parameter", metavar=("NAME", "VALUE"), nargs=2, action="append", default=[]
-    )
     reproduce.set_defaults(command=_reproduce)
 
     status = commands.add_parser("status", help="what is measured, and what is out of date")

@@ -379,7 +379,7 @@ def partial_reason(name: str) -> str:
     row = DATASETS.get(name)
     if row is None or not row.partial or not _pack_file(row).is_file():
         return ""
-    return row.partial if len(from_parquet(_pack_file(row), name=name)) == row.images else ""
+    return row.partial if pq.read_metadata(_pack_file(row)).num_rows == row.images else ""
 
 
 def load_images(name: str | Path, *, n: int | None = None, seed: int = 0) -> ImageSet:
