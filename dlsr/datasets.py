@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 INPUT_SIZE = (224, 224)  # height, width of what every encoder sees
 PROTOCOLS = ("native", "matched")
+FILTERS = ("bilinear", "bicubic", "box")
 Image.init()
 IMAGE_SUFFIXES = frozenset(
     suffix
@@ -393,6 +394,38 @@ def load_images(name: str | Path, *, n: int | None = None, seed: int = 0) -> Ima
             f"{str(name)!r} is neither a folder nor a known image set. Known sets: {', '.join(DATASETS)}."
         )
     return images if n is None else images.subset(n, seed=seed)
+
+
+def resized(images: ImageSet, size: tuple[int, int], *, filter: str = "bilinear") -> ImageSet:
+    """The same images at (height, width), by one of Pillow's filters: ``bilinear``, ``bicubic``, ``box``.
+
+    All of them are antialiased when shrinking.
+    """
+    if filter not in FILTERS:
+        raise UserError(f"filter={filter!r} is unknown; choose one of {', '.join(FILTERS)}.")
+    height, width = size
+
+    def read(i: int) -> np.ndarray:
+        return np.asarray(images.image(i).resize((width, height), Image.Resampling[filter.upper()]))
+
+    return ImageSet(f"{images.name} at {width}x{height}, {filter}", images.ids, images.labels, read, size)
+
+
+def recompressed(images: ImageSet, *, quality: int) -> ImageSet:
+    """The same images after a JPEG of this quality, 1 to 95."""
+
+    def read(i: int) -> bytes:
+        buffer = io.BytesIO()
+        images.image(i).save(buffer, "JPEG", quality=quality)
+        return buffer.getvalue()
+
+    return ImageSet(f"{images.name}, JPEG {quality}", images.ids, images.labels, read, images.size)
+
+
+def pixel_hashes(images: ImageSet) -> list[str]:
+    """The sha256 of every image's size and RGB pixels: equal for equal images, however they are stored."""
+    pixels = (images.image(i) for i in range(len(images)))
+    return [hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest() for image in pixels]
 
 
 def from_folder(folder: Path) -> ImageSet:

@@ -20,8 +20,9 @@ except ModuleNotFoundError:  # Python 3.10, where pytest brings its twin
     import tomli as tomllib
 
 ORDER = [
-    "datasets", "encoders", "features", "lfdn", "diffusion", "training", "scores", "metrics", "detector",
-    "baselines", "results", "experiments", "benchmarks", "reports", "plots", "cli",
+    "datasets", "encoders", "features", "lfdn", "diffusion", "training", "scores", "metrics", "significance",
+    "detector", "baselines", "rivals", "variants", "results", "experiments", "benchmarks", "comparison",
+    "chapter", "reports", "plots", "cli",
 ]  # fmt: skip
 MODULES = sorted((ROOT / "dlsr").glob("*.py"))
 SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))
