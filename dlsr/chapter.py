@@ -1,9 +1,9 @@
-"""The chapter's measurements: a search on development sets, the choice it ends in, then the report."""
+"""The chapter's report: the chosen detectors on the report sets, and the tables that the pages read."""
 
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -11,35 +11,38 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from torch import nn
 from tqdm import tqdm
 
 from dlsr.baselines import Mahalanobis
-from dlsr.comparison import CONTROLS, DEVELOPMENT, VIEWS, Data, Study
+from dlsr.comparison import CONTROLS, REPORT, STUDIES, VIEWS, Data, Study, lists
 from dlsr.datasets import UserError
+from dlsr.encoders import get_encoder
 from dlsr.experiments import OURS
-from dlsr.features import CODE as FEATURES_CODE
 from dlsr.features import Features, code_hash, layer_slices, replace_file
-from dlsr.metrics import auroc
-from dlsr.results import results_folder
-from dlsr.rivals import RIVALS, Rival, size_in_bytes
-from dlsr.training import Trained, TrainingSettings, checkpoint_file, train
-from dlsr.variants import VARIANTS, Bank, LinearDenoiser, Variant, untrained, without_network
-
-KINDS = ("z0", "raw")  # of features: the paper's; pooled, standardised over the training images
-RIVALS_CODE = (*FEATURES_CODE, "comparison", "lfdn", "baselines", "rivals")
-VARIANTS_CODE = (
-    *FEATURES_CODE,
-    "comparison",
-    "lfdn",
-    "diffusion",
-    "training",
-    "scores",
-    "baselines",
-    "variants",
+from dlsr.metrics import METRICS, interval
+from dlsr.rivals import RIVALS, size_in_bytes
+from dlsr.search import (
+    KINDS,
+    RIVALS_CODE,
+    SEARCH,
+    VARIANTS_CODE,
+    Bench,
+    bench_of,
+    build,
+    chapter_folder,
+    choice_file,
+    choose,
+    read_choice,
+    read_table,
+    search,
+    search_file,
+    search_sha256,
+    stamp_of,
+    tried,
 )
-PAPER_PARAMETERS = 86.74e6  # of the paper's LFDN, on 720 features
-BUDGET = 3 * PAPER_PARAMETERS  # multiply-adds an image that the recommended score may cost
+from dlsr.significance import delong, delong_of_mean, holm, paired_bootstrap, paired_p
+from dlsr.variants import VARIANTS, without_network
+
 PAPERS = {line.score: line.title for line in OURS}
 RECOMMENDED = "recommended"
 CONTROL_TITLES = {
@@ -47,246 +50,8 @@ CONTROL_TITLES = {
     "linear": "with the linear denoiser",
     "untrained": "with an untrained LFDN",
 }
+NORMAL_975 = 1.959964  # the normal's 97.5 % quantile
 HALF_CALIBRATION = 10  # one in so many of the control's training images calibrates
-
-
-def chapter_folder(profile: str) -> Path:
-    """Where the chapter's tables and scores lie."""
-    return results_folder(profile) / "comparison"
-
-
-def choice_file(profile: str) -> Path:
-    """What the search ended in; nothing of the search touches a report set before it is there."""
-    return results_folder(profile) / "choice.json"
-
-
-class Inputs:
-    """What detectors are given, made from features: z0, or raw ones standardised over ``fitted``."""
-
-    def __init__(self, fitted: Features) -> None:
-        raw = np.asarray(fitted.raw(), dtype=np.float64)
-        self.mean, self.std = raw.mean(axis=0), raw.std(axis=0) + 1e-12
-
-    def of(self, features: Features, kind: str) -> np.ndarray:
-        """(N, c) float32."""
-        if kind == "z0":
-            return features.z0()
-        return ((features.raw() - self.mean) / self.std).astype(np.float32)
-
-
-class Bench:
-    """Fitted and held-out ID features of a study, and the networks trained on the fitted ones."""
-
-    def __init__(
-        self, study: Study, fitted: Features, calibration: Features, *, progress: bool = True
-    ) -> None:
-        self.study, self.fitted, self.calibration = study, fitted, calibration
-        self.progress, self.inputs, self.channels = progress, Inputs(fitted), fitted.channels
-        self._networks: dict[str, Trained] = {}
-        self._banks: dict[tuple[str, str], Bank] = {}
-        self._stands_in: dict[tuple[str, str], nn.Module] = {}
-
-    def training(self, network: str) -> TrainingSettings:
-        """Of a network by its name: ``small`` has half the width and depth, ``short`` a sixth of the epochs.
-
-        ``standardised`` is a small one on raw features, standardised over the fitted images.
-        """
-        own = self.study.training
-        half = replace(own, width=own.width // 2, blocks=own.blocks // 2)
-        short = replace(own, epochs=max(own.epochs // 6, 1))
-        return {"base": own, "small": half, "short": short, "standardised": half}[network]
-
-    def vectors(self, features: Features, network: str) -> np.ndarray:
-        """(N, c): what a network sees of these features."""
-        return self.inputs.of(features, "raw" if network == "standardised" else "z0")
-
-    def network(self, name: str) -> Trained:
-        """A trained LFDN; one that was trained before is only read."""
-        if name not in self._networks:
-            vectors, settings = self.vectors(self.fitted, name), self.training(name)
-            file = checkpoint_file(vectors, settings)
-            self._networks[name] = train(vectors, settings, checkpoint=file, progress=self.progress)
-        return self._networks[name]
-
-    def bank(self, place: str, features: Features, network: str) -> Bank:
-        """The residuals of a place's images under a network.
-
-        ``linear/NAME`` and ``untrained/NAME`` are under what stands in that network's place.
-        """
-        if (place, network) not in self._banks:
-            instead, _, name = network.rpartition("/")
-            if instead:
-                bank = self.bank(place, features, name).under(self._instead(instead, name))
-            else:
-                vectors = self.vectors(features, name)
-                bank = Bank(self.network(name), vectors, self.channels, name=place)
-            self._banks[place, network] = bank
-        return self._banks[place, network]
-
-    def _instead(self, instead: str, name: str) -> nn.Module:
-        """The closed-form denoiser of the fitted images, or an untrained network."""
-        if (instead, name) not in self._stands_in:
-            own = self.training(name)
-            size = {"width": own.width, "blocks": own.blocks, "seed": own.seed}
-            linear = instead == "linear"
-            self._stands_in[instead, name] = (
-                LinearDenoiser.fit(self.vectors(self.fitted, name))
-                if linear
-                else untrained(sum(self.channels), **size)
-            )
-        return self._stands_in[instead, name]
-
-    def fit_variant(self, variant: Variant, network: str = "") -> Callable[[str, Features], np.ndarray]:
-        """A variant fitted on ID images, as a function of a place's name and features."""
-        network = network or variant.network
-        fitted = self.bank("fitted", self.fitted, network)
-        score = variant.score.fit(fitted, self.bank("calibration", self.calibration, network))
-        return lambda place, features: score.score(self.bank(place, features, network))
-
-    def cost(self, variant: Variant) -> float:
-        """Multiply-adds an image by this study's network."""
-        network = self.network(variant.network).network
-        parameters = sum(p.numel() for p in network.parameters())
-        return variant.score.cost(sum(self.channels), parameters, len(self.fitted))
-
-
-def bench_of(data: Data, *, progress: bool = True) -> Bench:
-    """The bench of a study's split."""
-    train_set = data.of_id(data.study.id_train)
-    return Bench(
-        data.study, train_set.take(data.split.fit), train_set.take(data.split.calibration), progress=progress
-    )
-
-
-# The search
-
-
-SEARCH = [
-    "encoder", "kind", "features", "name", "setting", "idea", "multiply_adds", "ood", "group", "auroc",
-    "seconds", "stamp",
-]  # fmt: skip
-
-
-def search(study: Study, profile: str, *, progress: bool = True) -> pd.DataFrame:
-    """Every candidate of every rival and every variant on the development sets, matched resolution.
-
-    A row a candidate and set; those that are there already, by the same code, are kept.
-    """
-    file = chapter_folder(profile) / f"search-{study.encoder}.csv"
-    old = pd.read_csv(file, keep_default_na=False) if file.is_file() else pd.DataFrame(columns=SEARCH)
-    data = Data(study, progress=progress)
-    bench = bench_of(data, progress=progress)
-    dev_id = data.of_id(study.id_train).take(data.split.development)
-    places = {ood: data.of_ood(ood, "matched") for ood in study.of(DEVELOPMENT)}
-    todo = list(_tried(study))
-    for about in tqdm(todo, desc="search", disable=not progress):
-        kept = old[np.logical_and.reduce([old[name] == value for name, value in about.items()])]
-        if len(kept) == len(places):
-            continue
-        began = time.perf_counter()
-        score, cost = _fit(bench, about)
-        on_id = score("development", dev_id)
-        found = {ood: auroc(on_id, score(ood.name, features)) for ood, features in places.items()}
-        seconds = time.perf_counter() - began
-        more = {"multiply_adds": cost, "seconds": round(seconds, 1)}
-        rows = [
-            about | more | {"ood": ood.name, "group": ood.group, "auroc": round(100 * value, 4)}
-            for ood, value in found.items()
-        ]
-        same = np.logical_and.reduce([old[n] == v for n, v in about.items() if n != "stamp"])
-        old = pd.concat([old[~same], pd.DataFrame(rows)[SEARCH]], ignore_index=True)
-        replace_file(file, lambda path, table=old: table.to_csv(path, index=False))
-    return old
-
-
-def _tried(study: Study) -> Iterator[dict[str, str]]:
-    """What tells each thing that the search tries."""
-    stamp = _stamp(study, RIVALS_CODE)
-    for kind in KINDS:
-        for rival in RIVALS.values():
-            for label, _ in rival.candidates:
-                yield {
-                    "encoder": study.encoder, "kind": "rival", "features": kind, "name": rival.name,
-                    "setting": label, "idea": rival.title, "stamp": stamp,
-                }  # fmt: skip
-    stamp = _stamp(study, VARIANTS_CODE)
-    for name, variant in VARIANTS.items():
-        yield {
-            "encoder": study.encoder, "kind": "variant", "features": "z0", "name": name, "setting": "",
-            "idea": variant.idea, "stamp": stamp,
-        }  # fmt: skip
-
-
-def _stamp(study: Study, code: tuple[str, ...], *more: str) -> str:
-    settings = json.dumps([asdict(study), *more], sort_keys=True, default=str)
-    return hashlib.sha256((settings + code_hash(*code)).encode()).hexdigest()[:12]
-
-
-def _fit(bench: Bench, about: Mapping[str, str]) -> tuple[Callable[[str, Features], np.ndarray], float]:
-    """A candidate fitted, as a function of a place and its features; and its multiply-adds, NaN of rivals."""
-    if about["kind"] == "variant":
-        variant = VARIANTS[about["name"]]
-        return bench.fit_variant(variant), bench.cost(variant)
-    rival, kind = RIVALS[about["name"]], about["features"]
-    detector = _build(rival, about["setting"], bench.channels).fit(bench.inputs.of(bench.fitted, kind))
-    return (lambda _, features: detector.all_scores(bench.inputs.of(features, kind))[rival.score]), np.nan
-
-
-def _build(rival: Rival, label: str, channels: tuple[int, ...]):
-    return dict(rival.candidates)[label](channels, 0)
-
-
-def objectives(table: pd.DataFrame) -> pd.DataFrame:
-    """Each candidate's mean near and mean far AUROC on development, and the mean of both; best first."""
-    names = ["encoder", "kind", "features", "name", "setting", "idea", "multiply_adds"]
-    wide = table.fillna({"multiply_adds": -1.0}).pivot_table("auroc", names, "group", "mean").reset_index()
-    wide["objective"] = (wide["near"] + wide["far"]) / 2
-    wide["multiply_adds"] = wide["multiply_adds"].where(wide["multiply_adds"] >= 0)
-    return wide.sort_values("objective", ascending=False, ignore_index=True).rename_axis(columns=None)
-
-
-def choose(study: Study, table: pd.DataFrame, profile: str) -> dict:
-    """Write ``choice.json``: each rival's setting, the best rival, the best affordable variant."""
-    ranked = objectives(table)
-    rivals, variants = ranked[ranked["kind"] == "rival"], ranked[ranked["kind"] == "variant"]
-    settings: dict[str, dict[str, str]] = {kind: {} for kind in KINDS}
-    for row in rivals.itertuples():
-        settings[row.features].setdefault(row.name, row.setting)
-    own = variants[(variants["multiply_adds"] <= BUDGET) & ~variants["name"].map(_is_the_papers)]
-    best, rival = own.iloc[0], rivals.iloc[0]
-    choice = {
-        "about": "What the search on the development sets ended in; written before any of it touched a "
-        "report set.",
-        "encoder": study.encoder,
-        "score": best["name"],
-        "development": {name: round(float(best[name]), 2) for name in ("near", "far", "objective")},
-        "rival": {"features": rival["features"], "name": rival["name"], "setting": rival["setting"]},
-        "rival_development": {name: round(float(rival[name]), 2) for name in ("near", "far", "objective")},
-        "settings": settings,
-        "tried": {"variants": len(variants), "rival candidates": len(rivals)},
-        "search_sha256": hashlib.sha256(table.to_csv(index=False).encode()).hexdigest()[:12],
-    }
-    text = json.dumps(choice, indent=1) + "\n"
-    replace_file(choice_file(profile), lambda path: path.write_text(text))
-    return choice
-
-
-def _is_the_papers(name: str) -> bool:
-    return VARIANTS[name].idea.startswith("the paper's")
-
-
-def read_choice(profile: str) -> dict:
-    """The committed choice; without it no variant may be scored on a report set."""
-    file = choice_file(profile)
-    if not file.is_file():
-        raise UserError(
-            f"There is no {file.name}: the search comes before the report, so that nothing is chosen on the "
-            "report sets. Run 43_search first."
-        )
-    return json.loads(file.read_text("utf-8"))
-
-
-# The report
 
 
 @dataclass(frozen=True)
@@ -326,7 +91,7 @@ def fit_entry(bench: Bench, entry: Entry) -> tuple[Callable[[str, Features], np.
     """A detector of the report fitted, as a function of a place and its features; and its bytes."""
     if entry.kind == "rival":
         rival = RIVALS[entry.name]
-        detector = _build(rival, entry.setting, bench.channels)
+        detector = build(rival, entry.setting, bench.channels)
         detector.fit(bench.inputs.of(bench.fitted, entry.features))
         found = lambda _, f: detector.all_scores(bench.inputs.of(f, entry.features))[rival.score]  # noqa: E731
         return found, size_in_bytes(detector)
@@ -387,8 +152,7 @@ def _score_all(
 ) -> None:
     todo = entries(choice, bench.channels)
     for entry in tqdm(todo, desc=folder.name, disable=not progress):
-        code = RIVALS_CODE if entry.kind == "rival" else VARIANTS_CODE
-        stamp = _stamp(bench.study, code, entry.setting)
+        stamp = _entry_stamp(bench.study, entry)
         file = folder / entry.file
         if file.is_file() and _about(file)["stamp"] == stamp:
             continue
@@ -403,6 +167,10 @@ def _score_all(
             "n_fit": len(bench.fitted), "choice": choice["search_sha256"],
         }  # fmt: skip
         _write_scores(file, found, about)
+
+
+def _entry_stamp(study: Study, entry: Entry) -> str:
+    return stamp_of(study, RIVALS_CODE if entry.kind == "rival" else VARIANTS_CODE, entry.setting)
 
 
 def _write_scores(file: Path, found: Mapping[tuple[str, str], np.ndarray], about: Mapping) -> None:
@@ -426,3 +194,264 @@ def _write_images(file: Path, places: Mapping[tuple[str, str], Features]) -> Non
 
 def _about(file: Path) -> dict:
     return json.loads(pq.read_schema(file).metadata[b"dlsr"])
+
+
+# The tables
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What `report` wrote of one study: for each detector its scores by place, and the images' classes."""
+
+    study: Study
+    entries: tuple[Entry, ...]
+    about: Mapping[str, dict]  # by an entry's file
+    places: Mapping[str, Mapping[str, np.ndarray]]  # by an entry's file, then by ``set@view``
+    images: Mapping[str, pd.DataFrame]  # by ``set@view``: image and label
+
+    def of(self, place: str) -> np.ndarray:
+        """(detectors, N); a set of the ID set's size is the same in all views."""
+        return np.stack([self.places[entry.file][self.place(place)] for entry in self.entries])
+
+    def place(self, place: str) -> str:
+        """The place that holds a set's images in a view."""
+        return place if place in self.images else f"{place.split('@')[0]}@native"
+
+
+def read_scores(study: Study, profile: str, part: str = "") -> Scores:
+    """The scores of the report; of its control at half size with ``part="half"``."""
+    folder = chapter_folder(profile) / "scores" / study.encoder
+    channels = get_encoder(study.encoder).channels()
+    listed = tuple(entries(read_choice(profile), channels))
+    about, places = {}, {}
+    for entry in listed:
+        table = pq.read_table(folder / part / entry.file)
+        about[entry.file] = json.loads(table.schema.metadata[b"dlsr"])
+        places[entry.file] = _by_place(table.to_pandas(), "score")
+    images = pd.read_parquet(folder / "images.parquet")
+    found = {place: rows for place, rows in images.groupby("place", sort=False)}
+    if part:
+        found = {place: found["control@"] for place in next(iter(places.values()))}
+    return Scores(study, listed, about, places, found)
+
+
+def _by_place(table: pd.DataFrame, column: str) -> dict[str, np.ndarray]:
+    return {place: rows[column].to_numpy() for place, rows in table.groupby("place", sort=False)}
+
+
+def no_overlap(dataset: str, labels: pd.Series) -> np.ndarray:
+    """Which images are of no class that is a kind of one of CIFAR-10's, by the committed list."""
+    return ~labels.isin(list(lists()["overlap"].get(dataset, {}))).to_numpy()
+
+
+MEANS = ("near", "far", "all")  # over the report's sets, unweighted
+_ENTRY = ["encoder", "features", "name", "title", "kind"]
+SAME_FEATURES = [
+    *_ENTRY, "view", "ood", "group", "stage", "metric", "value", "ci_low", "ci_high", "n_id", "n_ood",
+]  # fmt: skip
+
+
+def same_features(scores: Scores, view: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """AUROC and FPR95 of every detector on every set and mean, with intervals; and the paired differences.
+
+    One set of bootstrap draws an ID and OOD pair serves all detectors, and every OOD set meets the same
+    draws of ID. The differences are of the recommended score from each other detector's.
+    """
+    study, on_id = scores.study, scores.of("id@native")
+    ood = {one.name: scores.of(f"{one.name}@{view}") for one in study.sets}
+    about = {one.name: {"group": one.group, "stage": one.stage} for one in study.sets}
+    for one in study.of(REPORT):
+        labels = scores.images[scores.place(f"{one.name}@{view}")]["label"]
+        kept = no_overlap(one.dataset, labels)
+        if not kept.all():
+            ood[f"{one.name}, no overlap"] = ood[one.name][:, kept]
+            about[f"{one.name}, no overlap"] = {"group": one.group, "stage": "no overlap"}
+    draws = paired_bootstrap(on_id, ood)
+    sizes = {name: values.shape[1] for name, values in ood.items()}
+    points = {
+        metric: np.array([[METRICS[metric](*pair) for pair in zip(on_id, values, strict=True)]
+                          for values in ood.values()]).T
+        for metric in draws
+    }  # fmt: skip
+    places = list(ood)
+    for mean in MEANS:
+        over = [i for i, one in enumerate(study.sets) if one.stage == REPORT and mean in (one.group, "all")]
+        for metric in draws:
+            draws[metric] = np.concatenate([draws[metric], draws[metric][:, over].mean(1, keepdims=True)], 1)
+            points[metric] = np.concatenate(
+                [points[metric], points[metric][:, over].mean(1, keepdims=True)], 1
+            )
+        places.append(mean)
+        about[mean] = {"group": mean, "stage": "mean"}
+        sizes[mean] = sum(sizes[study.sets[i].name] for i in over)
+    cells = []
+    for i, entry in enumerate(scores.entries):
+        for metric, values in points.items():
+            for j, place in enumerate(places):
+                low, high = (100 * end for end in interval(draws[metric][i, j]))
+                found = {"metric": metric, "value": 100 * values[i, j], "ci_low": low, "ci_high": high}
+                counts = {"n_id": on_id.shape[1], "n_ood": sizes[place]}
+                where = {
+                    "encoder": study.encoder,
+                    **_named(entry),
+                    "view": view,
+                    "ood": place,
+                    **about[place],
+                }
+                cells.append(where | found | counts)
+    return pd.DataFrame(cells)[SAME_FEATURES], _paired(scores, view, on_id, ood, points, draws, places)
+
+
+def _named(entry: Entry) -> dict[str, str]:
+    return {name: getattr(entry, name) for name in _ENTRY[1:]}
+
+
+def _paired(scores: Scores, view: str, on_id, ood, points, draws, places) -> pd.DataFrame:
+    """The recommended score's AUROC less each other detector's; Holm over the baselines, on the mean."""
+    own = next(i for i, entry in enumerate(scores.entries) if entry.kind == RECOMMENDED)
+    report_sets = {one.name: (on_id, ood[one.name]) for one in scores.study.of(REPORT)}
+    _, covariance = delong_of_mean(report_sets)
+    rows = []
+    for i, entry in enumerate(scores.entries):
+        if i == own or entry.kind == "layer":
+            continue
+        for j, place in enumerate(places):
+            difference = points["auroc"][own, j] - points["auroc"][i, j]
+            low, high = interval(draws["auroc"][own, j] - draws["auroc"][i, j])
+            row = {"encoder": scores.study.encoder, **_named(entry), "view": view, "ood": place}
+            row |= {"difference": 100 * difference, "ci_low": 100 * low, "ci_high": 100 * high}
+            if place == "all":
+                variance = covariance[own, own] + covariance[i, i] - 2 * covariance[own, i]
+                row["p"] = paired_p(difference, variance)
+            rows.append(row)
+    table = pd.DataFrame(rows)
+    tested = (table["ood"] == "all") & (table["kind"] == "rival")
+    table.loc[tested, "p_holm"] = holm(table.loc[tested, "p"])
+    return table
+
+
+def filters(scores: Scores) -> pd.DataFrame:
+    """AUROC after each filter of the way to the ID set's size, of the same pick of images, and unmatched."""
+    rows, on_id = [], scores.of("id@native")
+    for one in scores.study.of(REPORT):
+        place = f"{one.name}@matched, box"
+        if place not in scores.images:
+            continue
+        picked = scores.images[place]["image"]
+        for view in VIEWS:
+            images = scores.images[f"{one.name}@{view}"]["image"]
+            values = scores.of(f"{one.name}@{view}")[:, images.isin(picked).to_numpy()]
+            name = {"matched": "matched, bilinear"}.get(view, view)
+            rows += _aurocs(scores, on_id, values, {"view": name, "ood": one.name, "group": one.group})
+    return pd.DataFrame(rows)
+
+
+def controls(scores: Scores, half: Scores) -> pd.DataFrame:
+    """AUROC of ID test images against the same ones altered: in resolution, and in two harmless ways."""
+    plain = scores.of("control@")
+    rows = _aurocs(half, half.of("control@half"), half.of("control@"), {"control": "half"})
+    for control in CONTROLS[1:]:
+        rows += _aurocs(scores, plain, scores.of(f"control@{control}"), {"control": control})
+    return pd.DataFrame(rows)
+
+
+def _aurocs(scores: Scores, on_id: np.ndarray, values: np.ndarray, about: Mapping) -> list[dict]:
+    """A row a detector: AUROC with its interval by DeLong."""
+    found, covariance = delong(on_id, values)
+    reach = NORMAL_975 * np.sqrt(np.diag(covariance))
+    return [
+        {"encoder": scores.study.encoder, **_named(entry), **about, "value": 100 * value}
+        | {"ci_low": 100 * max(value - by, 0), "ci_high": 100 * min(value + by, 1), "n_ood": values.shape[1]}
+        for entry, value, by in zip(scores.entries, found, reach, strict=True)
+    ]
+
+
+def costs(scores: Scores) -> pd.DataFrame:
+    """What each detector costs: seconds to fit, microseconds to score an image, bytes; and its setting."""
+    about = ("setting", "fit_seconds", "score_microseconds", "bytes", "n_fit")
+    return pd.DataFrame(
+        {"encoder": scores.study.encoder, **_named(entry)}
+        | {name: scores.about[entry.file][name] for name in about}
+        for entry in scores.entries
+        if entry.kind != "layer"
+    )
+
+
+TABLES = ("same_features", "paired", "filters", "controls", "costs")
+
+
+def write_tables(profile: str) -> None:
+    """All tables of the chapter, from the scores; `search` writes its own."""
+    found: dict[str, list[pd.DataFrame]] = {name: [] for name in TABLES}
+    for study in STUDIES[profile]:
+        scores = read_scores(study, profile)
+        both = [same_features(scores, view) for view in VIEWS[:2]]
+        found["same_features"] += [cells for cells, _ in both]
+        found["paired"] += [differences for _, differences in both]
+        found["filters"].append(filters(scores))
+        found["controls"].append(controls(scores, read_scores(study, profile, "half")))
+        found["costs"].append(costs(scores))
+    stamp = tables_stamp(profile)
+    for name, parts in found.items():
+        table = pd.concat(parts, ignore_index=True).assign(stamp=stamp)
+        file = chapter_folder(profile) / f"{name}.csv"
+        replace_file(file, lambda path, table=table: table.to_csv(path, index=False, float_format="%.4f"))
+
+
+def tables_stamp(profile: str) -> str:
+    """A hash of all scores and of the code that makes tables of them."""
+    files = sorted((chapter_folder(profile) / "scores").rglob("*-*.parquet"))
+    stamps = [_about(file)["stamp"] for file in files]
+    return hashlib.sha256(json.dumps([stamps, code_hash("metrics", "significance")]).encode()).hexdigest()[
+        :12
+    ]
+
+
+# What pages read
+
+
+def state(profile: str) -> str:
+    """``up to date``, ``not run``, or what is out of date."""
+    if not choice_file(profile).is_file():
+        return "not run"
+    choice, first = read_choice(profile), STUDIES[profile][0]
+    file = search_file(first, profile)
+    wanted = {(about["kind"], about["features"], about["name"], about["setting"], about["stamp"])
+             for about in tried(first)}  # fmt: skip
+    old = read_table(file) if file.is_file() else pd.DataFrame(columns=SEARCH)
+    held = set(zip(old["kind"], old["features"], old["name"], old["setting"], old["stamp"], strict=True))
+    if not wanted <= held or choice["search_sha256"] != search_sha256(old):
+        return "out of date: search"
+    for study in STUDIES[profile]:
+        for entry in entries(choice, get_encoder(study.encoder).channels()):
+            for part in ("", "half"):
+                file = chapter_folder(profile) / "scores" / study.encoder / part / entry.file
+                if not file.is_file() or _about(file)["stamp"] != _entry_stamp(study, entry):
+                    return "out of date: scores"
+    file = chapter_folder(profile) / f"{TABLES[-1]}.csv"
+    if not file.is_file() or set(read_table(file)["stamp"]) != {tables_stamp(profile)}:
+        return "out of date: tables"
+    return "up to date"
+
+
+def measured(profile: str, *, progress: bool = True) -> dict[str, pd.DataFrame]:
+    """The chapter's tables by name, ``search`` among them; what is out of date is measured first.
+
+    In this order: the search on development sets, by the first encoder; its choice; then every encoder
+    on the report sets.
+    """
+    if profile not in STUDIES:
+        raise UserError(f"The profile {profile!r} is unknown here; choose one of {', '.join(STUDIES)}.")
+    if state(profile) != "up to date":
+        first = STUDIES[profile][0]
+        table = search(first, profile, progress=progress)
+        if not choice_file(profile).is_file() or read_choice(profile)["search_sha256"] != search_sha256(
+            table
+        ):
+            choose(first, table, profile)
+        for study in STUDIES[profile]:
+            report(study, profile, progress=progress)
+        write_tables(profile)
+    folder = chapter_folder(profile)
+    found = {name: read_table(folder / f"{name}.csv") for name in TABLES}
+    return found | {"search": read_table(search_file(STUDIES[profile][0], profile))}

@@ -22,7 +22,7 @@ except ModuleNotFoundError:  # Python 3.10, where pytest brings its twin
 ORDER = [
     "datasets", "encoders", "features", "lfdn", "diffusion", "training", "scores", "metrics", "significance",
     "detector", "baselines", "rivals", "variants", "results", "experiments", "benchmarks", "comparison",
-    "chapter", "reports", "plots", "cli",
+    "search", "chapter", "reports", "plots", "cli",
 ]  # fmt: skip
 MODULES = sorted((ROOT / "dlsr").glob("*.py"))
 SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))
