@@ -177,7 +177,7 @@ def search(study: Study, profile: str, *, progress: bool = True) -> pd.DataFrame
         same = np.logical_and.reduce([old[n] == v for n, v in about.items() if n != "stamp"])
         old = pd.concat([old[~same], pd.DataFrame(rows)[SEARCH]], ignore_index=True)
         replace_file(file, lambda path, table=old: table.to_csv(path, index=False))
-    return old
+    return read_table(file)
 
 
 NUMBERS = ("multiply_adds", "auroc", "seconds", "value", "ci_low", "ci_high", "difference", "p", "p_holm")
