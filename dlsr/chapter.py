@@ -43,6 +43,13 @@ from dlsr.search import (
 from dlsr.significance import delong, delong_of_mean, holm, paired_bootstrap, paired_p
 from dlsr.variants import VARIANTS, without_network
 
+CHAPTER = {  # its notebooks
+    "40_same_features": "Does diffusion help? The same features for all",
+    "41_resolution": "How much of it was resolution",
+    "42_intervals": "Which differences are certain",
+    "43_search": "The search for a better score",
+    "44_what_to_use": "What to use when",
+}
 PAPERS = {line.score: line.title for line in OURS}
 RECOMMENDED = "recommended"
 CONTROL_TITLES = {
@@ -51,6 +58,7 @@ CONTROL_TITLES = {
     "untrained": "with an untrained LFDN",
 }
 NORMAL_975 = 1.959964  # the normal's 97.5 % quantile
+TIMED = 1000  # images of the first place, on which a detector is timed
 HALF_CALIBRATION = 10  # one in so many of the control's training images calibrates
 
 
@@ -150,7 +158,8 @@ def _places(data: Data) -> dict[tuple[str, str], Features]:
 def _score_all(
     bench: Bench, choice: Mapping, places: Mapping[tuple[str, str], Features], folder: Path, *, progress: bool
 ) -> None:
-    todo = entries(choice, bench.channels)
+    todo, first = entries(choice, bench.channels), next(iter(places.values()))
+    timed = first.take(first.rows[:TIMED])
     for entry in tqdm(todo, desc=folder.name, disable=not progress):
         stamp = _entry_stamp(bench.study, entry)
         file = folder / entry.file
@@ -159,9 +168,10 @@ def _score_all(
         began = time.perf_counter()
         score, size = fit_entry(bench, entry)
         fit_seconds = time.perf_counter() - began
-        began = time.perf_counter()
         found = {place: score("@".join(place), features) for place, features in places.items()}
-        rate = (time.perf_counter() - began) / sum(map(len, found.values()))
+        began = time.perf_counter()
+        score(f"timing of {entry.file}", timed)  # a place of its own, of which nothing is kept from before
+        rate = (time.perf_counter() - began) / len(timed)
         about = asdict(entry) | {
             "stamp": stamp, "fit_seconds": fit_seconds, "score_microseconds": 1e6 * rate, "bytes": size,
             "n_fit": len(bench.fitted), "choice": choice["search_sha256"],
@@ -410,6 +420,43 @@ def tables_stamp(profile: str) -> str:
 # What pages read
 
 
+def checked_profile(parameters: Mapping) -> str:
+    """The profile, the one parameter that the chapter's notebooks have; anything else is refused."""
+    unknown = [name for name in parameters if name != "profile"]
+    if unknown:
+        raise UserError(f"{', '.join(unknown)} was given; the chapter's notebooks take profile alone.")
+    profile = parameters.get("profile", "demo")
+    if profile not in STUDIES:
+        raise UserError(f"The profile {profile!r} is unknown here; choose one of {', '.join(STUDIES)}.")
+    return profile
+
+
+def coverage(profile: str) -> pd.DataFrame:
+    """The chapter's pages, as `reports.coverage` has the items; a cell is a value of a page's tables."""
+    columns = ["item", "title", "profile", "measured", "cells", "date", "state"]
+    if profile not in STUDIES:
+        return pd.DataFrame(columns=columns)
+    stands = state(profile)
+    files = {name: chapter_folder(profile) / f"{name}.csv" for name in TABLES}
+    files["search"] = search_file(STUDIES[profile][0], profile)
+    counts = {name: len(read_table(file)) if file.is_file() else 0 for name, file in files.items()}
+    rows = []
+    for page, title in CHAPTER.items():
+        cells = sum(counts[name] for name in READS[page])
+        measured = cells if stands == "up to date" else 0
+        rows.append([page, title, profile, measured, cells, "", stands])
+    return pd.DataFrame(rows, columns=columns)
+
+
+READS = {  # the tables that a page shows
+    "40_same_features": ("same_features", "costs"),
+    "41_resolution": ("filters", "controls"),
+    "42_intervals": ("paired",),
+    "43_search": ("search",),
+    "44_what_to_use": ("costs",),
+}
+
+
 def state(profile: str) -> str:
     """``up to date``, ``not run``, or what is out of date."""
     if not choice_file(profile).is_file():
@@ -440,8 +487,7 @@ def measured(profile: str, *, progress: bool = True) -> dict[str, pd.DataFrame]:
     In this order: the search on development sets, by the first encoder; its choice; then every encoder
     on the report sets.
     """
-    if profile not in STUDIES:
-        raise UserError(f"The profile {profile!r} is unknown here; choose one of {', '.join(STUDIES)}.")
+    checked_profile({"profile": profile})
     if state(profile) != "up to date":
         first = STUDIES[profile][0]
         table = search(first, profile, progress=progress)

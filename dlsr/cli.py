@@ -19,13 +19,15 @@ from dlsr import __version__
 from dlsr.benchmarks import (
     REPORTS,
     Parameters,
-    Settings,
-    is_current,
     run_name,
     settings,
     state,
     with_profile,
 )
+from dlsr.chapter import CHAPTER, checked_profile
+from dlsr.chapter import coverage as chapter_coverage
+from dlsr.chapter import state as chapter_state
+from dlsr.comparison import STUDIES
 from dlsr.datasets import DATASETS, UserError, data_folder, download, load_images, sets_here
 from dlsr.detector import DLSRDetector
 from dlsr.encoders import PRESETS, get_encoder
@@ -65,11 +67,7 @@ def run_notebook(name: str, parameters: dict, *, output: Path | None = None, pro
         raise UserError(
             f"There is no notebook {name!r}; there are: {there}. Run this in the project's folder."
         )
-    if name in REPORTS and parameters:
-        raise UserError(
-            f"{name} only reads results and has no parameters; {', '.join(parameters)} was given."
-        )
-    output = output or executed_copy(None if name in REPORTS else settings(name, dict(parameters)), name)
+    output = output or executed_copy(name, parameters)
     draft = project / "_build" / "failed" / source.name
     draft.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -97,33 +95,49 @@ def run_notebook(name: str, parameters: dict, *, output: Path | None = None, pro
     return output
 
 
-def executed_copy(run: Settings | None, name: str) -> Path:
-    """Where the executed copy of a run belongs; None is a report, which has no settings."""
+def executed_copy(name: str, parameters: dict) -> Path:
+    """Where the executed copy of a run belongs; wrong parameters are refused."""
     project = project_folder()
-    if run is None or run.for_the_book:
-        return project / "book" / "notebooks" / f"{name}.ipynb"
+    book = project / "book" / "notebooks" / f"{name}.ipynb"
+    if name in REPORTS:
+        if parameters:
+            raise UserError(
+                f"{name} only reads results and has no parameters; {', '.join(parameters)} was given."
+            )
+        return book
+    if name in CHAPTER:
+        profile = checked_profile(parameters)
+        return book if profile != "demo" else project / "_build" / profile / book.name
+    run = settings(name, dict(parameters))
+    if run.for_the_book:
+        return book
     if run.experiments == run.item.profiles[run.profile]:
-        return project / "_build" / run.profile / f"{name}.ipynb"
+        return project / "_build" / run.profile / book.name
     return project / "_build" / "runs" / f"{run_name(run)}.ipynb"
 
 
 def page_hash(source: Path) -> str:
     """What an executed copy depends on beside the results: its source and the code that shows them."""
-    shown = code_hash("experiments", "benchmarks", "reports", "plots")
-    return hashlib.sha256(source.read_bytes() + shown.encode()).hexdigest()[:12]
+    code = ("chapter", "findings") if source.stem in CHAPTER else ("experiments", "benchmarks", "reports")
+    return hashlib.sha256(source.read_bytes() + code_hash(*code, "plots").encode()).hexdigest()[:12]
 
 
-def is_up_to_date(run: Settings) -> bool:
-    """Whether results and executed copy of a run are those of the code as it stands."""
-    copy = executed_copy(run, run.item.name)
-    source = project_folder() / "notebooks" / f"{run.item.name}.ipynb"
-    if not (copy.is_file() and source.is_file() and all(is_current(run, e) for e in run.experiments)):
-        return False
+def standing(name: str, parameters: dict) -> str:
+    """``up to date``, or what of the results or of the executed copy is not."""
+    if name in CHAPTER:
+        found = chapter_state(checked_profile(parameters))
+    else:
+        found = state(settings(name, dict(parameters)))
+    if found != "up to date" and not found.startswith("not measured"):
+        return found
+    copy = executed_copy(name, parameters)
+    source = project_folder() / "notebooks" / f"{name}.ipynb"
     try:
         page = nbformat.read(copy, as_version=4).metadata.get("dlsr", {}).get("page")
-    except (ValueError, OSError, AttributeError):  # of a copy that is damaged
-        return False
-    return page == page_hash(source)
+        fresh = page == page_hash(source)
+    except (ValueError, OSError, AttributeError):  # of a copy that is damaged or not there
+        fresh = False
+    return "up to date" if fresh else f"{found.replace('up to date', 'results up to date')}, page not"
 
 
 def without_volatile(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
@@ -152,19 +166,20 @@ def _reproduce(options: argparse.Namespace) -> int:
         raise UserError("-p profile was given; `dlsr reproduce` takes it as --profile.")
     parameters["profile"] = options.profile
     there = [item.name for item in with_profile(options.profile)]
-    unknown = [name for name in options.items if name not in there]
+    chapter = list(CHAPTER) if options.profile in STUDIES else []
+    unknown = [name for name in options.items if name not in [*there, *chapter]]
     if unknown:
         raise UserError(
             f"There is no item {', '.join(unknown)} with the profile {options.profile!r}; "
-            f"there are {', '.join(there)}."
+            f"there are {', '.join([*there, *chapter])}."
         )
-    names = list(dict.fromkeys(options.items)) or there
-    runs = {name: settings(name, dict(parameters)) for name in names}
-    todo = [name for name, run in runs.items() if not is_up_to_date(run)]
+    # The chapter's pages take no other settings, so that a run with -p is of the paper's items.
+    every = there if options.parameter else [*there, *chapter]
+    names = list(dict.fromkeys(options.items)) or every
+    todo = [name for name in names if standing(name, parameters) != "up to date"]
     failed = {}
     for number, name in enumerate(todo, start=1):
-        standing = state(runs[name]).replace("up to date", "results up to date, page not")
-        print(f"[{number}/{len(todo)}] {name} ({standing})", flush=True)
+        print(f"[{number}/{len(todo)}] {name} ({standing(name, parameters)})", flush=True)
         try:
             print(f"Wrote {run_notebook(name, parameters)}", flush=True)
         except UserError as error:
@@ -179,7 +194,8 @@ def _reproduce(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
-    table = pd.concat([coverage(profile) for profile in options.profile or ("pack", "paper")])
+    profiles = options.profile or ("pack", "paper")
+    table = pd.concat(part(profile) for profile in profiles for part in (coverage, chapter_coverage))
     for row in table.itertuples():
         measured = f"{row.measured} of {row.cells} cells"
         print(f"{row.item:24} {row.profile:6} {measured:>18}  {row.date or '-':10}  {row.state}")

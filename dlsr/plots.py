@@ -599,3 +599,171 @@ def layer_bars(table: pd.DataFrame, *, title: str) -> Figure:
     axis.set_xticks(sorted(table["layer"].astype(int).unique()))
     axis.legend(frameon=False)
     return _finish(figure, title)
+
+
+# The chapter of comparison; its tables are those of `chapter.measured`
+
+KIND_COLOURS = {
+    "rival": PALETTE[0], "paper": PALETTE[3], "recommended": PALETTE[2], "control": PALETTE[7],
+}  # fmt: skip
+KIND_NAMES = {
+    "rival": "baseline, no network that diffuses", "paper": "the paper's scores",
+    "recommended": "recommended here", "control": "the recommended score's controls",
+}  # fmt: skip
+CONTROL_NAMES = {
+    "half": "fitted at half the size:\nthe same images, whole",
+    "double": "enlarged twofold first:\nshould be 50 %",
+    "jpeg": "saved as JPEG:\nshould be near 50 %",
+}
+
+
+def _of_kinds(axes: np.ndarray, figure: Figure, kinds: Sequence[str]) -> None:
+    """One legend of the kinds of detectors."""
+    handles = [axes.flat[0].scatter([], [], color=KIND_COLOURS[kind]) for kind in kinds]
+    names = [KIND_NAMES[kind] for kind in kinds]
+    figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False)
+
+
+def same_features(cells: pd.DataFrame, *, title: str) -> Figure:
+    """AUROC with intervals of every detector: a row each, best first, a panel near and far."""
+    order = cells[cells["ood"] == "all"].sort_values("value", ascending=False)
+    figure, axes = _figure(2, height=1.3 + 0.21 * len(order), sharey=True)
+    y = -np.arange(len(order))
+    for axis, group in zip(axes[0], ("near", "far"), strict=True):
+        part = cells[cells["ood"] == group].set_index(["features", "name"])
+        part = part.loc[list(zip(order["features"], order["name"], strict=True))]
+        for kind, colour in KIND_COLOURS.items():
+            chosen = (part["kind"] == kind).to_numpy()
+            errors = _errors(part[chosen], "value")
+            axis.errorbar(
+                part["value"][chosen], y[chosen], xerr=errors, fmt="o", ms=4, capsize=2, color=colour
+            )
+        axis.set(yticks=y, yticklabels=order["title"], xlabel=f"mean AUROC over {group}-OOD, %")
+    _of_kinds(axes, figure, [kind for kind in KIND_COLOURS if (order["kind"] == kind).any()])
+    return _finish(figure, title)
+
+
+def native_and_matched(cells: pd.DataFrame, *, title: str) -> Figure:
+    """From native (hollow) to matched resolution (filled), a row a detector, a panel near and far."""
+    matched = cells[cells["view"] == "matched"]
+    order = matched[matched["ood"] == "all"].sort_values("value", ascending=False)
+    figure, axes = _figure(2, height=1.3 + 0.21 * len(order), sharey=True)
+    y = -np.arange(len(order))
+    for axis, group in zip(axes[0], ("near", "far"), strict=True):
+        part = cells[cells["ood"] == group].pivot(index="name", columns="view", values="value")
+        part = part.loc[order["name"]]
+        colours = [KIND_COLOURS[kind] for kind in order["kind"]]
+        axis.hlines(y, part["matched"], part["native"], color=colours, lw=1.5)
+        axis.scatter(part["matched"], y, color=colours, s=24, zorder=3)
+        axis.scatter(part["native"], y, facecolors="white", edgecolors=colours, s=24, zorder=3)
+        axis.set(yticks=y, yticklabels=order["title"], xlabel=f"mean AUROC over {group}-OOD, %")
+    filled = axes[0][0].scatter([], [], color="0.3")
+    hollow = axes[0][0].scatter([], [], facecolors="white", edgecolors="0.3")
+    names = ["matched: every set at the ID set's size first", "native: as the paper"]
+    figure.legend([filled, hollow], names, loc="outside lower center", ncols=2, frameon=False)
+    return _finish(figure, title)
+
+
+def altered_images(controls: pd.DataFrame, *, title: str) -> Figure:
+    """AUROC of ID images against themselves, altered: a row a detector, a panel a control."""
+    rows = controls["title"].nunique()
+    figure, axes = _figure(len(CONTROL_NAMES), height=1.4 + 0.21 * rows, sharey=True)
+    order = controls[controls["control"] == "half"].sort_values("value", ascending=False)["name"].tolist()
+    y = -np.arange(len(order))
+    for axis, (control, name) in zip(axes[0], CONTROL_NAMES.items(), strict=True):
+        part = controls[controls["control"] == control].set_index("name").loc[order]
+        for kind, colour in KIND_COLOURS.items():
+            chosen = (part["kind"] == kind).to_numpy()
+            errors = _errors(part[chosen], "value")
+            axis.errorbar(
+                part["value"][chosen], y[chosen], xerr=errors, fmt="o", ms=4, capsize=2, color=colour
+            )
+        axis.axvline(50, color="0.4", ls="--", lw=1)
+        axis.set(yticks=y, yticklabels=part["title"], xlabel="AUROC, %")
+        axis.set_title(name, fontsize="small")
+    return _finish(figure, title)
+
+
+def layers_in_views(cells: pd.DataFrame, *, title: str) -> Figure:
+    """Mean AUROC of each layer alone: native (dashed) and matched, a panel near and far."""
+    figure, axes = _figure(2, height=3.0, sharey=True)
+    method = cells["title"].str.rpartition(", layer ")[0]
+    layer = cells["title"].str.rpartition(" ")[2].astype(int)
+    for axis, group in zip(axes[0], ("near", "far"), strict=True):
+        for colour, name in zip((KIND_COLOURS["paper"], KIND_COLOURS["rival"]), method.unique(), strict=True):
+            for view, style in (("native", "--"), ("matched", "-")):
+                part = cells[(cells["ood"] == group) & (method == name) & (cells["view"] == view)]
+                x, errors = layer[part.index], _errors(part, "value")
+                options = {"color": colour, "ls": style, "marker": "o", "ms": 4, "capsize": 2}
+                axis.errorbar(x, part["value"], yerr=errors, label=f"{name}, {view}", **options)
+        axis.axhline(50, color="0.4", ls=":", lw=1)
+        axis.set(xlabel="layer of the encoder", xticks=sorted(layer.unique()), title=f"{group}-OOD")
+    axes[0][0].set_ylabel("mean AUROC, %")
+    handles = axes[0][0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=2, frameon=False)
+    return _finish(figure, title)
+
+
+def paired_differences(paired: pd.DataFrame, *, title: str) -> Figure:
+    """The recommended score less each other detector, with intervals; a panel an encoder."""
+    encoders = list(paired["encoder"].unique())
+    first = paired[paired["encoder"] == encoders[0]].sort_values("difference")
+    keys = list(zip(first["features"], first["name"], strict=True))
+    figure, axes = _figure(len(encoders), height=1.3 + 0.2 * len(keys), sharey=True)
+    y = -np.arange(len(keys))
+    for axis, encoder in zip(axes[0], encoders, strict=True):
+        part = paired[paired["encoder"] == encoder].set_index(["features", "name"]).loc[keys]
+        for kind, colour in KIND_COLOURS.items():
+            chosen = (part["kind"] == kind).to_numpy()
+            errors = _errors(part[chosen], "difference")
+            options = {"fmt": "o", "ms": 4, "capsize": 2, "color": colour}
+            axis.errorbar(part["difference"][chosen], y[chosen], xerr=errors, **options)
+        axis.axvline(0, color="0.3", lw=1)
+        labels = [f"{title}{' (raw)' if features == 'raw' else ''}"
+                  for (features, _), title in zip(keys, part["title"], strict=True)]  # fmt: skip
+        axis.set(yticks=y, yticklabels=labels, xlabel="points of mean AUROC")
+        axis.set_title(encoder, fontsize="small")
+    _of_kinds(axes, figure, [kind for kind in KIND_COLOURS if (first["kind"] == kind).any()])
+    return _finish(figure, title)
+
+
+def ranks(cells: pd.DataFrame, *, title: str) -> Figure:
+    """Each detector's rank by AUROC on every set (dots) and its mean rank (bar); 1 is best."""
+    table = cells.pivot(index="name", columns="ood", values="value").rank(ascending=False)
+    mean = table.mean(axis=1).sort_values()
+    about = cells.drop_duplicates("name").set_index("name")
+    figure, axes = _figure(1, height=0.9 + 0.22 * len(mean))
+    axis, y = axes[0][0], -np.arange(len(mean))
+    for place, name in zip(y, mean.index, strict=True):
+        colour = KIND_COLOURS[about.loc[name, "kind"]]
+        axis.scatter(table.loc[name], np.full(table.shape[1], place), color=colour, s=16, alpha=0.6)
+        axis.plot([mean[name]] * 2, [place - 0.35, place + 0.35], color=colour, lw=3)
+    axis.set(
+        yticks=y, yticklabels=about.loc[mean.index, "title"], xlabel="rank by AUROC on a set (1 is best)"
+    )
+    return _finish(figure, title)
+
+
+def search_log(ranked: pd.DataFrame, *, budget: float, chosen: str, title: str) -> Figure:
+    """Cost against the development objective of every variant; the best baseline is a line."""
+    figure, axes = _figure(1, height=3.8)
+    axis = axes[0][0]
+    variants, rivals = (ranked[ranked["kind"] == kind] for kind in ("variant", "rival"))
+    papers = variants["idea"].str.startswith("the paper's")
+    for part, kind in ((variants[~papers], "control"), (variants[papers], "paper")):
+        axis.scatter(part["multiply_adds"], part["objective"], color=KIND_COLOURS[kind], s=22)
+    own = variants[variants["name"] == chosen].iloc[0]
+    axis.scatter(own["multiply_adds"], own["objective"], color=KIND_COLOURS["recommended"], s=60, zorder=3)
+    axis.annotate(chosen, (own["multiply_adds"], own["objective"]), xytext=(6, 6), textcoords="offset points")
+    best = rivals.iloc[0]
+    axis.axhline(best["objective"], color=KIND_COLOURS["rival"], ls="--", lw=1.5)
+    name = f"best baseline: {best['idea']}, {best['setting']}, {best['features']}"
+    axis.annotate(name, (0.02, best["objective"]), xycoords=("axes fraction", "data"), xytext=(0, -12),
+                  textcoords="offset points", color=KIND_COLOURS["rival"], fontsize="small")  # fmt: skip
+    axis.axvline(budget, color="0.4", ls=":", lw=1)
+    axis.annotate("most it may cost", (budget, 0.03), xycoords=("data", "axes fraction"), rotation=90,
+                  xytext=(-12, 0), textcoords="offset points", fontsize="small")  # fmt: skip
+    axis.set(xscale="log", xlabel="multiply-adds an image, encoder apart", ylabel="development objective, %")
+    low = np.quantile(variants["objective"], 0.1)
+    axis.set_ylim(low, max(ranked["objective"].max() + 0.3, low + 1))
+    return _finish(figure, title)

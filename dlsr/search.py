@@ -1,5 +1,6 @@
 """The search: every rival's settings and every variant on the development sets, and what it ends in."""
 
+import copy
 import hashlib
 import json
 import time
@@ -121,7 +122,8 @@ class Bench:
         """A variant fitted on ID images, as a function of a place's name and features."""
         network = network or variant.network
         fitted = self.bank("fitted", self.fitted, network)
-        score = variant.score.fit(fitted, self.bank("calibration", self.calibration, network))
+        score = copy.deepcopy(variant.score)  # fitted by another network too, none takes the other's place
+        score.fit(fitted, self.bank("calibration", self.calibration, network))
         return lambda place, features: score.score(self.bank(place, features, network))
 
     def cost(self, variant: Variant) -> float:
@@ -160,6 +162,10 @@ def search(study: Study, profile: str, *, progress: bool = True) -> pd.DataFrame
     dev_id = data.of_id(study.id_train).take(data.split.development)
     places = {ood: data.of_ood(ood, "matched") for ood in study.of(DEVELOPMENT)}
     todo = list(tried(study))
+    held = old.merge(pd.DataFrame(todo))[SEARCH]  # less what is tried no more
+    if len(held) < len(old):
+        replace_file(file, lambda path: held.to_csv(path, index=False))
+    old = held
     for about in tqdm(todo, desc="search", disable=not progress):
         kept = old[np.logical_and.reduce([old[name] == value for name, value in about.items()])]
         if len(kept) == len(places):
@@ -185,7 +191,8 @@ NUMBERS = ("multiply_adds", "auroc", "seconds", "value", "ci_low", "ci_high", "d
 
 def read_table(file: Path) -> pd.DataFrame:
     """A table of the chapter: empty cells of text are ``""``, of numbers NaN."""
-    return pd.read_csv(file, keep_default_na=False, na_values={name: [""] for name in NUMBERS})
+    empty = {name: [""] for name in NUMBERS}
+    return pd.read_csv(file, keep_default_na=False, na_values=empty, dtype={"stamp": str})
 
 
 def search_file(study: Study, profile: str) -> Path:

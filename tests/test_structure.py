@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from dlsr.benchmarks import ITEMS, REPORTS, Parameters
+from dlsr.chapter import CHAPTER
 
 try:
     import tomllib
@@ -22,7 +23,7 @@ except ModuleNotFoundError:  # Python 3.10, where pytest brings its twin
 ORDER = [
     "datasets", "encoders", "features", "lfdn", "diffusion", "training", "scores", "metrics", "significance",
     "detector", "baselines", "rivals", "variants", "results", "experiments", "benchmarks", "comparison",
-    "search", "chapter", "reports", "plots", "cli",
+    "search", "chapter", "findings", "reports", "plots", "cli",
 ]  # fmt: skip
 MODULES = sorted((ROOT / "dlsr").glob("*.py"))
 SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -142,10 +143,10 @@ def test_a_source_holds_no_outputs(source):
     assert code(notebook)
     assert not any(cell.outputs or cell.execution_count for cell in code(notebook))
     assert notebook.metadata.kernelspec["name"] == "python3"
-    assert source.stem in {**ITEMS, **REPORTS}
+    assert source.stem in {**ITEMS, **REPORTS, **CHAPTER}
 
 
-@pytest.mark.parametrize("name", [*ITEMS, *REPORTS])
+@pytest.mark.parametrize("name", [*ITEMS, *REPORTS, *CHAPTER])
 def test_every_item_and_report_has_a_notebook(name):
     assert ROOT / "notebooks" / f"{name}.ipynb" in SOURCES
 
@@ -154,7 +155,7 @@ def parameter_cells(notebook):
     return [cell for cell in notebook.cells if "parameters" in tags(cell)]
 
 
-@pytest.mark.parametrize("source", files([s for s in SOURCES if s.stem not in REPORTS], "notebooks"))
+@pytest.mark.parametrize("source", files([s for s in SOURCES if s.stem in ITEMS], "notebooks"))
 def test_a_sources_parameters_are_the_packages(source):
     (cell,) = parameter_cells(read(source))
     given = {}
@@ -163,6 +164,13 @@ def test_a_sources_parameters_are_the_packages(source):
         target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
         given[target.id] = type(ast.literal_eval(node.value))
     assert given == {field.name: type(field.default) for field in fields(Parameters)}
+
+
+@pytest.mark.parametrize("source", files([s for s in SOURCES if s.stem in CHAPTER], "notebooks"))
+def test_a_page_of_the_chapter_has_the_profile_as_its_one_parameter(source):
+    (cell,) = parameter_cells(read(source))
+    (node,) = ast.parse(cell.source).body
+    assert (node.target.id, ast.literal_eval(node.value)) == ("profile", "demo")
 
 
 @pytest.mark.parametrize("source", files([s for s in SOURCES if s.stem in REPORTS], "notebooks"))
