@@ -32,6 +32,7 @@ from dlsr.datasets import DATASETS, UserError, data_folder, download, load_image
 from dlsr.detector import DLSRDetector
 from dlsr.encoders import PRESETS, get_encoder
 from dlsr.features import Features, code_hash, extract, replace_file
+from dlsr.recommended import RecommendedDetector, load_detector
 from dlsr.reports import coverage
 from dlsr.results import project_folder
 from dlsr.scores import SCORES
@@ -216,9 +217,10 @@ def _sets(options: argparse.Namespace) -> int:
 
 def _fit(options: argparse.Namespace) -> int:
     features = _features(options.images, options)
-    detector = DLSRDetector(
+    own = {} if options.score == "recommended" else {"score": options.score}
+    detector = (DLSRDetector if own else RecommendedDetector)(
         features.channels,
-        score=options.score,
+        **own,
         width=options.width,
         blocks=options.blocks,
         epochs=options.epochs,
@@ -237,7 +239,7 @@ def _fit(options: argparse.Namespace) -> int:
 
 
 def _score(options: argparse.Namespace) -> int:
-    detector = DLSRDetector.load(options.detector)
+    detector = load_detector(options.detector)
     if detector.threshold_ is None or not {"encoder", "weights_sha256"} <= set(detector.about_):
         raise UserError(
             f"The detector in {options.detector} has no threshold, or does not say which encoder it needs; "
@@ -329,7 +331,7 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("images", help="a folder of images, or a set's name")
     fit.add_argument("--out", type=Path, required=True, help="the folder to save the detector in")
     fit.add_argument("--encoder", default="efficientnet_lite0", help=f"{', '.join(PRESETS)} or a timm model")
-    fit.add_argument("--score", default="mfsim", help=f"{', '.join(SCORES)}")
+    fit.add_argument("--score", default="recommended", help=f"recommended, or {', '.join(SCORES)}")
     fit.add_argument("--width", type=int, default=720)
     fit.add_argument("--blocks", type=int, default=8)
     fit.add_argument("--epochs", type=int, default=30)

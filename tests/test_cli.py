@@ -12,10 +12,13 @@ from conftest import ROOT, FakeEncoder, easy_features, image_set, write_folder
 
 from dlsr import __version__, cli
 from dlsr.benchmarks import ITEMS, REPORTS, results_file, run_name, settings, stamp
+from dlsr.chapter import CHAPTER
 from dlsr.cli import main
+from dlsr.comparison import STUDIES
 from dlsr.datasets import DATASETS, UserError
 from dlsr.detector import DLSRDetector
 from dlsr.experiments import method_name
+from dlsr.recommended import RecommendedDetector, load_detector
 from dlsr.results import COLUMNS, write_rows
 
 QUICK, NEAR, GUARD, LMD = "00_quickstart", "08_near_ood", "09_diffguard", "10_lmd"
@@ -234,9 +237,17 @@ def test_fit_and_score(photos, tmp_path, capsys, fake):
     called = int((table["verdict"] == "OOD").sum())
     assert called + (table["verdict"] == "ID").sum() == 7
     assert f"7 images scored, {called} of them called OOD" in out
-    threshold = DLSRDetector.load(tmp_path / "detector").threshold_
+    detector = load_detector(tmp_path / "detector")
+    assert isinstance(detector, RecommendedDetector)
+    threshold = detector.threshold_
     np.testing.assert_array_equal(table["verdict"] == "OOD", table["ood_score"] > threshold)
     assert fake.images == 47
+
+
+def test_the_papers_scores_are_an_option(photos, tmp_path):
+    assert fit(photos, tmp_path / "d", "--score", "mse") == 0
+    detector = load_detector(tmp_path / "d")
+    assert (type(detector), detector.score) == (DLSRDetector, "mse")
 
 
 def test_score_without_csv_prints_the_table(photos, tmp_path, capsys):
@@ -382,7 +393,8 @@ class Kernel:
         if name in self.raising:
             Path(path).write_text("half")
             raise self.raising[name]
-        measure(settings(name, dict(parameters)))
+        if name not in CHAPTER:
+            measure(settings(name, dict(parameters)))
         executed(source, path, parameters)
 
 
@@ -407,6 +419,7 @@ def kernel(project, monkeypatch):
     for name in (QUICK, GUARD, LMD):
         write_notebook(project, name)
     monkeypatch.setattr("dlsr.benchmarks.ITEMS", {name: ITEMS[name] for name in (QUICK, NEAR, GUARD, LMD)})
+    monkeypatch.setattr(cli, "CHAPTER", {})
     kernel = Kernel()
     monkeypatch.setattr(cli.papermill, "execute_notebook", kernel)
     return kernel
@@ -568,11 +581,14 @@ def test_wrong_parameters_of_any_item_are_refused_before_the_first_starts(name, 
 def test_the_status_lists_every_item_of_the_profile_without_data(profile, tmp_path, capsys):
     assert main(["status", "--profile", profile]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == [n for n, i in ITEMS.items() if profile in i.profiles]
+    chapter = list(CHAPTER) if profile in STUDIES else []
+    there = [name for name, item in ITEMS.items() if profile in item.profiles]
+    assert [line.split()[0] for line in lines] == [*there, *chapter]
     for line in lines:
         name, found, measured, *_ = line.split()
         assert (found, measured) == (profile, "0")
-        assert ("not measured" if ITEMS[name].profiles[profile] == () else "not run") in line
+        unmeasured = name in ITEMS and ITEMS[name].profiles[profile] == ()
+        assert ("not measured" if unmeasured else "not run") in line
     assert not (tmp_path / "cache").exists()
 
 
@@ -585,11 +601,46 @@ def test_the_status_of_both_profiles_after_a_run(kernel, monkeypatch, capsys):
     capsys.readouterr()
     assert main(["status"]) == 0
     assert asked == ["pack", "paper"]
-    pack, paper = capsys.readouterr().out.splitlines()
+    pack, *chapter, paper = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in chapter] == list(CHAPTER)
     assert pack.split()[:2] == [GUARD, "pack"]
     assert pack.endswith("up to date")
     assert paper.split()[:2] == [GUARD, "paper"]
     assert paper.endswith("not run")
+
+
+# The chapter's pages
+
+
+def test_a_page_of_the_chapter_takes_the_profile_alone(project, monkeypatch, capsys):
+    name = next(iter(CHAPTER))
+    write_notebook(project, name)
+    monkeypatch.setattr(cli.papermill, "execute_notebook", executed)
+    line = refused(capsys, "run", name, "-p", "profile", "pack", "-p", "seeds", "1")
+    assert "seeds was given" in line
+    assert "paper" in refused(capsys, "run", name, "-p", "profile", "paper")
+    assert main(["run", name, "-p", "profile", "pack"]) == 0
+    assert main(["run", name]) == 0
+    for folder in ("book/notebooks", "_build/demo"):
+        assert (project / folder / f"{name}.ipynb").is_file()
+
+
+def test_reproduce_runs_the_chapters_pages_that_are_out_of_date(kernel, project, monkeypatch, capsys):
+    pages = list(CHAPTER)[:2]
+    for name in pages:
+        write_notebook(project, name)
+    monkeypatch.setattr(cli, "CHAPTER", dict.fromkeys(pages, ""))
+    monkeypatch.setattr(cli, "chapter_state", lambda profile: "up to date")
+    monkeypatch.setattr("dlsr.benchmarks.ITEMS", {GUARD: ITEMS[GUARD]})
+    assert reproduce(kernel) == (0, [GUARD, *pages])
+    assert reproduce(kernel) == (0, [])
+    monkeypatch.setattr(cli, "chapter_state", lambda profile: "out of date: scores")
+    capsys.readouterr()
+    assert reproduce(kernel) == (0, pages)
+    assert f"[1/2] {pages[0]} (out of date: scores)" in capsys.readouterr().out
+    kernel.ran.clear()
+    assert main(["reproduce", "--profile", "demo", "-p", "epochs", "2"]) == 0
+    assert kernel.ran == [GUARD]
 
 
 # A whole run

@@ -22,7 +22,7 @@ except ModuleNotFoundError:  # Python 3.10, where pytest brings its twin
 
 ORDER = [
     "datasets", "encoders", "features", "lfdn", "diffusion", "training", "scores", "metrics", "significance",
-    "detector", "baselines", "rivals", "variants", "results", "experiments", "benchmarks", "comparison",
+    "detector", "baselines", "rivals", "variants", "recommended", "results", "experiments", "benchmarks", "comparison",
     "search", "chapter", "findings", "reports", "plots", "cli",
 ]  # fmt: skip
 MODULES = sorted((ROOT / "dlsr").glob("*.py"))
@@ -119,7 +119,9 @@ def test_every_table_of_results_can_be_downloaded():
     page = (ROOT / "book" / "downloads.md").read_text("utf-8")
     offered = re.findall(r"{download}`\S+ <\.\./results/(\S+)>`", page)
     assert offered
-    assert sorted(offered) == sorted(path.name for path in (ROOT / "results").glob("*.csv"))
+    there = [*(ROOT / "results").glob("*.csv"), *(ROOT / "results" / "comparison").glob("*.csv")]
+    there += (ROOT / "results").glob("*.json")
+    assert sorted(offered) == sorted(p.relative_to(ROOT / "results").as_posix() for p in there)
 
 
 # Notebooks
