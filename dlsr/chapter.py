@@ -77,8 +77,8 @@ class Entry:
         return f"{self.features}-{self.name}.parquet"
 
 
-def entries(choice: Mapping, channels: tuple[int, ...]) -> list[Entry]:
-    """All detectors of the report, in the order of its tables."""
+def entries(choice: Mapping, channels: tuple[int, ...], part: str = "") -> list[Entry]:
+    """All detectors of the report, in the order of its tables; of the control ``half`` those on z0."""
     rivals = [
         Entry(kind, name, RIVALS[name].title, "rival", setting)
         for kind in KINDS
@@ -92,6 +92,8 @@ def entries(choice: Mapping, channels: tuple[int, ...]) -> list[Entry]:
         for name, title in (("mse", "MSE"), ("mahalanobis", "Mahalanobis"))
         for m in range(len(channels))
     ]
+    if part == "half":
+        return [e for e in (*papers, *own, *rivals) if e.features == "z0" and e.kind != "control"]
     return [*papers, *own, *rivals, *layers]
 
 
@@ -150,7 +152,8 @@ def _places(data: Data) -> dict[tuple[str, str], Features]:
     places = {("id", "native"): data.of_id(study.id_test)}
     for ood in study.sets:
         for view in VIEWS:
-            if view == "native" or data.images(ood.dataset).size != study.id_size:
+            resized = data.images(ood.dataset).size != study.id_size
+            if view == "native" or (resized and (view == "matched" or ood.stage == REPORT)):
                 places[ood.name, view] = data.of_ood(ood, view)
     return places | {("control", name): data.of_control(study.id_test, name) for name in ("", *CONTROLS[1:])}
 
@@ -232,7 +235,7 @@ def read_scores(study: Study, profile: str, part: str = "") -> Scores:
     """The scores of the report; of its control at half size with ``part="half"``."""
     folder = chapter_folder(profile) / "scores" / study.encoder
     channels = get_encoder(study.encoder).channels()
-    listed = tuple(entries(read_choice(profile), channels))
+    listed = tuple(entries(read_choice(profile), channels, part))
     about, places = {}, {}
     for entry in listed:
         table = pq.read_table(folder / part / entry.file)
@@ -470,8 +473,9 @@ def state(profile: str) -> str:
     if not wanted <= held or choice["search_sha256"] != search_sha256(old):
         return "out of date: search"
     for study in STUDIES[profile]:
-        for entry in entries(choice, get_encoder(study.encoder).channels()):
-            for part in ("", "half"):
+        channels = get_encoder(study.encoder).channels()
+        for part in ("", "half"):
+            for entry in entries(choice, channels, part):
                 file = chapter_folder(profile) / "scores" / study.encoder / part / entry.file
                 if not file.is_file() or _about(file)["stamp"] != _entry_stamp(study, entry):
                     return "out of date: scores"

@@ -73,7 +73,7 @@ class Study:
     id_test: str = "cifar10/test"
     held_out: int = 5000
     n_ood: int = 2000
-    n_filters: int = 500
+    n_filters: int = 300
     n_control: int = 1000
     n_control_fit: int = 10_000
 

@@ -92,8 +92,7 @@ class Experiment:
 
     ``layers`` are those that the LFDN sees: ``all``, ``last`` or one layer's number. ``setting`` is
     its name where the paper's table has several. ``n_train`` and ``n_test`` take a seeded pick of
-    every set; 0 takes all. ``downloads`` says whether sets that are not here are fetched;
-    ``postponed`` why nothing of it is run yet.
+    every set; 0 takes all. ``downloads`` says whether sets that are not here are fetched.
     """
 
     id_train: str
@@ -112,7 +111,6 @@ class Experiment:
     protocol: str = "native"
     pooling: str = "gap"
     downloads: bool = False
-    postponed: str = ""
 
     @property
     def available(self) -> tuple[str, ...]:
@@ -122,7 +120,7 @@ class Experiment:
     def why_not(self, ood: str) -> str:
         """Why an OOD set is not measured; empty if it is."""
         here = self.downloads or DATASETS[ood].source in (PACK, "scikit-learn")
-        return self.postponed if here else "not in the data pack"
+        return "" if here else "not in the data pack"
 
     @property
     def sets(self) -> tuple[str, ...]:
