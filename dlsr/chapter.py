@@ -143,7 +143,7 @@ def report(study: Study, profile: str, *, progress: bool = True) -> None:
     rows = half.rows
     bench = Bench(study, half.take(rows[~calibrates]), half.take(rows[calibrates]), progress=progress)
     places = {("control", name): data.of_control(study.id_test, name) for name in ("half", "")}
-    _score_all(bench, choice, places, folder / "half", progress=progress)
+    _score_all(bench, choice, places, folder, "half", progress=progress)
 
 
 def _places(data: Data) -> dict[tuple[str, str], Features]:
@@ -159,13 +159,19 @@ def _places(data: Data) -> dict[tuple[str, str], Features]:
 
 
 def _score_all(
-    bench: Bench, choice: Mapping, places: Mapping[tuple[str, str], Features], folder: Path, *, progress: bool
+    bench: Bench,
+    choice: Mapping,
+    places: Mapping[tuple[str, str], Features],
+    folder: Path,
+    part: str = "",
+    *,
+    progress: bool,
 ) -> None:
-    todo, first = entries(choice, bench.channels), next(iter(places.values()))
+    todo, first = entries(choice, bench.channels, part), next(iter(places.values()))
     timed = first.take(first.rows[:TIMED])
-    for entry in tqdm(todo, desc=folder.name, disable=not progress):
+    for entry in tqdm(todo, desc=f"{folder.name} {part}", disable=not progress):
         stamp = _entry_stamp(bench.study, entry)
-        file = folder / entry.file
+        file = folder / part / entry.file
         if file.is_file() and _about(file)["stamp"] == stamp:
             continue
         began = time.perf_counter()

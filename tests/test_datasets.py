@@ -36,8 +36,11 @@ from dlsr.datasets import (
     from_parquet,
     load_images,
     partial_reason,
+    pixel_hashes,
+    recompressed,
     resize,
     resize_chain,
+    resized,
     sets_here,
 )
 
@@ -274,6 +277,88 @@ def test_shrinking_averages_all_pixels():
     board = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
     small = np.asarray(resize(Image.fromarray(board), [(8, 8)]))
     assert np.abs(small.astype(int) - 127).max() <= 3
+
+
+# Altered images
+
+
+@pytest.mark.parametrize("name", ["bilinear", "bicubic", "box"])
+def test_resized_images_are_pillows(name):
+    images = image_set(3, size=(12, 10))
+    small = resized(images, (4, 6), filter=name)
+    assert (small.size, len(small)) == ((4, 6), 3)
+    assert (small.ids, small.labels) == (images.ids, images.labels)
+    for i in range(3):
+        by_pillow = images.image(i).resize((6, 4), Image.Resampling[name.upper()])
+        assert np.array_equal(np.asarray(small.image(i)), np.asarray(by_pillow))
+
+
+def test_resized_images_are_those_of_the_matched_protocol():
+    images = image_set(2, size=(12, 10))
+    twice = resize(images.image(0), [(4, 4), FULL])
+    assert np.array_equal(np.asarray(resize(resized(images, (4, 4)).image(0), [FULL])), np.asarray(twice))
+
+
+def test_filters_give_image_lists_of_their_own():
+    images = image_set(3, size=(12, 10))
+    lists = [resized(images, (4, 6), filter=name) for name in ("bilinear", "bicubic", "box")]
+    assert len({one.sha256 for one in (*lists, images, resized(images, (6, 4)))}) == 5
+    assert len({one.name for one in lists}) == 3
+    assert resized(images, (12, 10)).sha256 == images.sha256
+    assert all(one.whole is None for one in lists)  # none takes the features of the images as they were
+
+
+def test_an_unknown_filter_is_refused():
+    with pytest.raises(UserError, match=r"filter='nearest'.* bilinear, bicubic, box") as error:
+        resized(image_set(1), (4, 4), filter="nearest")
+    assert one_sentence(error)
+
+
+def test_a_resized_image_that_cannot_be_read_is_named():
+    with pytest.raises(UserError, match=r"the-name\.png"):
+        resized(one_image(b"no image"), (4, 4)).image(0)
+
+
+@pytest.mark.parametrize("quality", [10, 75])
+def test_recompressed_images_are_a_jpegs(quality):
+    images = image_set(2, size=(16, 16))
+    again = recompressed(images, quality=quality)
+    assert (again.size, again.ids, again.labels) == (images.size, images.ids, images.labels)
+    pixels = as_rgb(images.read(1), "JPEG", quality=quality)
+    assert np.array_equal(np.asarray(again.image(1)), pixels)
+    assert again.read(1)[:2] == b"\xff\xd8"
+    assert again.sha256 != images.sha256
+
+
+def test_a_lower_quality_loses_more():
+    image = load_images("photo_patches/test").subset(5)
+    before, *after = (
+        np.stack([np.asarray(one.image(i)).astype(int) for i in range(5)])
+        for one in (image, recompressed(image, quality=90), recompressed(image, quality=10))
+    )
+    near, far = (np.abs(pixels - before).mean() for pixels in after)
+    assert 0 < near < far
+
+
+def test_pixel_hashes_are_of_pixels_however_they_are_stored():
+    pixels = random_pixels(1)[0]
+    stored = [pixels, encoded(pixels), encoded(pixels, "BMP"), encoded(pixels, "TIFF")]
+    images = ImageSet("set", list("abcd"), [""] * 4, stored.__getitem__)
+    assert len(set(pixel_hashes(images))) == 1
+    grey = np.full((4, 4), 90, np.uint8)
+    forms = ImageSet("set", ["L", "RGB"], [""] * 2, [grey, np.stack([grey] * 3, -1)].__getitem__)
+    assert len(set(pixel_hashes(forms))) == 1
+
+
+def test_pixel_hashes_tell_pixels_and_shapes_apart():
+    pixels = random_pixels(1, size=(6, 4))[0]
+    changed = pixels.copy()
+    changed[0, 0, 0] ^= 1
+    stored = [pixels, changed, pixels.reshape(4, 6, 3), pixels[::-1]]
+    images = ImageSet("set", list("abcd"), [""] * 4, stored.__getitem__)
+    hashes = pixel_hashes(images)
+    assert len(set(hashes)) == 4
+    assert pixel_hashes(images.take(np.array([2, 0]))) == [hashes[2], hashes[0]]
 
 
 # The demo's sets
