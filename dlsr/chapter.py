@@ -109,12 +109,10 @@ def fit_entry(bench: Bench, entry: Entry) -> tuple[Callable[[str, Features], np.
         return _fit_layer(bench, entry), 0
     variant = VARIANTS[PAPERS[entry.name] if entry.kind == "paper" else entry.setting]
     network = variant.network
-    if entry.name in ("linear", "untrained"):
-        network = f"{entry.name}/{network}"
     if entry.name == "removed":
-        left = without_network(variant.score)
-        network = network if left else f"untrained/{network}"  # which predicts 0: z0 itself is scored
-        variant = replace(variant, score=left or variant.score)
+        variant = replace(variant, score=without_network(variant.score) or variant.score)
+    if entry.kind == "control":
+        network = f"{'linear' if entry.name == 'linear' else 'untrained'}/{network}"
     found = bench.fit_variant(variant, network)
     size = sum(p.numel() * p.element_size() for p in bench.network(variant.network).network.parameters())
     return found, size

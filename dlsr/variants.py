@@ -5,7 +5,7 @@ The search goes through `VARIANTS`; each is fitted on ID images alone.
 
 import zlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -72,6 +72,19 @@ def noise_free(network: nn.Module, z0: np.ndarray, *, t: int, batch_size: int = 
     return np.concatenate(parts) if parts else np.empty_like(z0)
 
 
+def hidden(network: nn.Module, z0: np.ndarray, *, t: int) -> np.ndarray:
+    """(N, width): what a network's last layers read in `noise_free`; what it predicts, if it has none."""
+    if not hasattr(network, "out"):
+        return noise_free(network, z0, t=t)
+    parts: list[np.ndarray] = []
+    hook = network.out.register_forward_pre_hook(lambda _, given: parts.append(given[0].cpu().numpy()))
+    try:
+        noise_free(network, z0, t=t)
+    finally:
+        hook.remove()
+    return np.concatenate(parts)
+
+
 class Bank:
     """Residuals z0 - x̂0 of one set's images under one denoiser, and what was made of them; each once.
 
@@ -130,6 +143,10 @@ class Bank:
     def layer_errors(self, key: Key) -> np.ndarray:
         """(N, M): the mean squared residual of each layer."""
         return self.once(("errors", key), lambda: mse_by_layer(self.z0, self.predicted(key), self.channels))
+
+    def hidden(self, t: int) -> np.ndarray:
+        """(N, width): the network's last hidden activations at t, no noise added."""
+        return self.once(("hidden", t), lambda: hidden(self.network, self.z0, t=t))
 
     @cached_property
     def papers(self) -> Mapping[tuple[str, str], np.ndarray]:
@@ -287,14 +304,18 @@ class CalibratedLayers:
 
 @dataclass
 class Neighbours:
-    """Distance to the k-th neighbour among fitted images: of z0, of x̂0, or of the residual."""
+    """Distance to the k-th neighbour among fitted images, by cosine (`baselines.KNN`).
+
+    ``of`` z0; or, at the key's t, of x̂0 (``predicted``), of the ``residual``, or of the network's
+    ``hidden`` activations. Neighbours of x̂0 and of the residual are among a pick of the images.
+    """
 
     of: str = "z0"
     k: int = 50
     key: Key = (1, 0)
 
     def fit(self, fitted: Bank, calibration: Bank) -> "Neighbours":
-        bank = fitted if self.is_plain else fitted.sample
+        bank = fitted if self.of in ("z0", "hidden") else fitted.sample
         k = min(self.k, len(bank))
         self.knn_ = bank.once(repr(self), lambda: KNN(k=k).fit(self._of(bank)), plain=self.is_plain)
         return self
@@ -304,15 +325,37 @@ class Neighbours:
 
     @property
     def is_plain(self) -> bool:
+        """Whether no network enters."""
         return self.of == "z0"
 
     def _of(self, bank: Bank) -> np.ndarray:
-        if self.of == "z0":
-            return bank.z0
-        return bank.predicted(self.key) if self.of == "predicted" else bank.residual(self.key)
+        ways = {
+            "z0": lambda: bank.z0,
+            "predicted": lambda: bank.predicted(self.key),
+            "residual": lambda: bank.residual(self.key),
+            "hidden": lambda: bank.hidden(self.key[0]),
+        }
+        return ways[self.of]()
 
     def cost(self, features: int, parameters: int, fitted: int) -> float:
-        return fitted * features + (0 if self.of == "z0" else parameters)
+        return fitted * features + (0 if self.is_plain else parameters)
+
+
+@dataclass
+class HiddenGaussian:
+    """Squared Mahalanobis distance of the network's last hidden activations at t, no noise added."""
+
+    t: int = 1
+
+    def fit(self, fitted: Bank, calibration: Bank) -> "HiddenGaussian":
+        self.gaussian_ = Mahalanobis().fit(fitted.sample.hidden(self.t))
+        return self
+
+    def score(self, bank: Bank) -> np.ndarray:
+        return self.gaussian_.ood_score(bank.hidden(self.t))
+
+    def cost(self, features: int, parameters: int, fitted: int) -> float:
+        return parameters + features**2
 
 
 @dataclass
@@ -336,7 +379,8 @@ class Gaussian:
 class Fusion:
     """The mean of several scores, each in standard deviations of held-out ID images.
 
-    ``ranks`` takes the normal quantile of the rank among held-out ID images instead, which bounds it.
+    ``logs`` takes the logarithm of every score first, which bounds what one far image can do;
+    ``weights`` of the parts, else all alike.
     """
 
     parts: tuple[Any, ...]
@@ -363,10 +407,28 @@ class Fusion:
 
 
 def without_network(score: Score) -> Score | None:
-    """A fusion less the parts that the network enters; None where nothing is left."""
+    """The same score of z0 itself, where it read what the network makes of z0; None if nothing is left.
+
+    Reconstruction errors go; neighbours and Gaussians are then of z0. It is to be fitted under an
+    `untrained` network, whose residual is z0.
+    """
     parts = score.parts if isinstance(score, Fusion) else (score,)
-    kept = tuple(part for part in parts if getattr(part, "is_plain", False))
-    return Fusion(kept, logs=score.logs) if kept else None
+    weights = (score.weights if isinstance(score, Fusion) else None) or (1.0,) * len(parts)
+    kept = [(_of_z0(part), weight) for part, weight in zip(parts, weights, strict=True)]
+    kept = [(part, weight) for part, weight in kept if part is not None]
+    if not kept:
+        return None
+    if not isinstance(score, Fusion):
+        return kept[0][0]
+    return Fusion(tuple(part for part, _ in kept), tuple(weight for _, weight in kept), score.logs)
+
+
+def _of_z0(part: Score) -> Score | None:
+    if isinstance(part, Neighbours):
+        return replace(part, of="z0")
+    if isinstance(part, HiddenGaussian):
+        return Gaussian()
+    return part if isinstance(part, Gaussian | ResidualGaussian) else None
 
 
 @dataclass(frozen=True)
@@ -402,6 +464,8 @@ _LAYERS, _SMALLER, _SHORTER = "single or deeper layers", "a smaller LFDN", "a sh
 _CALIBRATED, _STANDARDISED = "layers calibrated on held-out ID", "features standardised over the training set"
 _AND_KNN, _AND_GAUSSIAN = "fusion with kNN", "fusion with the feature Gaussian"
 _TWO = "fusion of two scores of one residual"
+_HIDDEN, _HIDDEN_AND = "the LFDN's hidden activations", "fusion with its hidden activations"
+_HIDDEN_KNN = Neighbours("hidden", 50, (10, 0))
 
 VARIANTS = {
     "MSE": Variant("the paper's", Papers("mse")),
@@ -432,6 +496,20 @@ VARIANTS = {
     "error profile": Variant(_CALIBRATED, ErrorProfile(free(10))),
     "error profile over 6 t": Variant(_CALIBRATED, ErrorProfile(free(*T_GRID))),
     "kNN of x̂0 at t=50": Variant("neighbours of x̂0", Neighbours("predicted", 50, (50, 0))),
+    **{f"kNN of hidden at t={t}": Variant(_HIDDEN, Neighbours("hidden", 50, (t, 0))) for t in (1, 10, 50)},
+    **{f"kNN of hidden, k={k}": Variant(_HIDDEN, Neighbours("hidden", k, (10, 0))) for k in (5, 200)},
+    "Gaussian of hidden": Variant(_HIDDEN, HiddenGaussian(10)),
+    "kNN of hidden + kNN": Variant(_HIDDEN_AND, Fusion((_HIDDEN_KNN, _KNN))),
+    "kNN of hidden + Gaussian": Variant(_HIDDEN_AND, Fusion((_HIDDEN_KNN, Gaussian()))),
+    "kNN of hidden + MSE": Variant(_HIDDEN_AND, Fusion((_HIDDEN_KNN, _ERROR))),
+    "kNN of hidden + residual Gaussian": Variant(_HIDDEN_AND, Fusion((_HIDDEN_KNN, _GAUSSIAN))),
+    "2 kNN of hidden + residual Gaussian": Variant(
+        _HIDDEN_AND, Fusion((_HIDDEN_KNN, _GAUSSIAN), weights=(2, 1))
+    ),
+    "kNN of hidden + residual Gaussian, layers 1..4": Variant(
+        _HIDDEN_AND, Fusion((_HIDDEN_KNN, ResidualGaussian(free(10), layers=(0, 1, 2, 3))))
+    ),
+    "kNN of hidden + MSE, layers 3..4": Variant(_HIDDEN_AND, Fusion((_HIDDEN_KNN, Errors(free(10), (2, 3))))),
     "kNN of the residual": Variant("neighbours of the residual", Neighbours("residual", 50, (10, 0))),
     "MSE + kNN": Variant(_AND_KNN, Fusion((_ERROR, _KNN))),
     "MSE + Gaussian": Variant(_AND_GAUSSIAN, Fusion((_ERROR, Gaussian()))),
@@ -449,6 +527,7 @@ VARIANTS = {
             ("MSE", _ERROR),
             ("residual Gaussian", _GAUSSIAN),
             ("residual Gaussian + kNN", Fusion((_GAUSSIAN, _KNN))),
+            ("kNN of hidden", _HIDDEN_KNN),
         )
     },
 }

@@ -22,8 +22,8 @@ except ModuleNotFoundError:  # Python 3.10, where pytest brings its twin
 
 ORDER = [
     "datasets", "encoders", "features", "lfdn", "diffusion", "training", "scores", "metrics", "significance",
-    "detector", "baselines", "rivals", "variants", "recommended", "results", "experiments", "benchmarks", "comparison",
-    "search", "chapter", "findings", "reports", "plots", "cli",
+    "detector", "baselines", "rivals", "variants", "recommended", "results", "experiments", "benchmarks",
+    "comparison", "search", "chapter", "findings", "reports", "plots", "cli",
 ]  # fmt: skip
 MODULES = sorted((ROOT / "dlsr").glob("*.py"))
 SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))

@@ -22,12 +22,14 @@ from dlsr.variants import (
     Errors,
     Fusion,
     Gaussian,
+    HiddenGaussian,
     LinearDenoiser,
     Neighbours,
     Papers,
     ResidualGaussian,
     Variant,
     free,
+    hidden,
     likelihood_weights,
     noise_free,
     noisy,
@@ -468,13 +470,30 @@ def test_the_passes_that_costs_count_are_those_that_are_made(network, banks):
 # The search's list
 
 
-def test_without_the_network_the_plain_parts_are_left():
+def test_without_the_network_z0_itself_is_scored():
     error, knn, plain = Errors(free(10)), Neighbours("z0", 50), Gaussian()
-    for score in (error, ResidualGaussian(free(10)), Neighbours("residual", 5, (10, 0)), Papers("mse")):
+    for score in (error, CalibratedLayers(free(10)), Papers("mse"), Fusion((error, Papers("mse")))):
         assert without_network(score) is None
-    assert without_network(Fusion((error, ResidualGaussian(free(10))))) is None
-    assert without_network(Fusion((error, plain, knn))).parts == (plain, knn)
-    assert without_network(Fusion((error, knn), logs=False)) == Fusion((knn,), logs=False)
+    for of in ("residual", "predicted", "hidden", "z0"):
+        assert without_network(Neighbours(of, 5, (10, 0))) == Neighbours("z0", 5, (10, 0))
+    residual = ResidualGaussian(free(10))  # under an untrained network the residual is z0
+    assert without_network(residual) == residual
+    assert without_network(HiddenGaussian(10)) == without_network(plain) == plain
+    fusion = Fusion((error, residual, Neighbours("hidden", 50)), weights=(1, 2, 3), logs=False)
+    assert without_network(fusion) == Fusion((residual, knn), weights=(2, 3), logs=False)
+
+
+def test_hidden_activations_are_what_the_last_layers_read(network, banks):
+    _, _, test = banks
+    trained = test.network
+    if not hasattr(trained, "out"):
+        trained = untrained(len(test.z0[0]), width=8, blocks=1)
+    found = hidden(trained, test.z0, t=10)
+    with torch.inference_mode():
+        predicted = trained.out(torch.from_numpy(found)).numpy()
+    np.testing.assert_allclose(predicted, noise_free(trained, test.z0, t=10), rtol=1e-5, atol=1e-6)
+    linear = LinearDenoiser.fit(test.z0)
+    np.testing.assert_array_equal(hidden(linear, test.z0, t=10), noise_free(linear, test.z0, t=10))
 
 
 def test_likelihood_weights_are_differences_of_the_signal_to_noise_ratio():
