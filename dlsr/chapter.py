@@ -412,7 +412,7 @@ def write_tables(profile: str) -> None:
     for name, parts in found.items():
         table = pd.concat(parts, ignore_index=True).assign(stamp=stamp)
         file = chapter_folder(profile) / f"{name}.csv"
-        replace_file(file, lambda path, table=table: table.to_csv(path, index=False, float_format="%.4f"))
+        replace_file(file, lambda path, table=table: table.to_csv(path, index=False, float_format="%.6g"))
 
 
 def tables_stamp(profile: str) -> str:

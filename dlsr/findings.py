@@ -286,10 +286,15 @@ def paired_table(paired: pd.DataFrame) -> pd.DataFrame:
             "encoder": chosen["encoder"],
             "recommended less": [_name(row) for row in chosen.to_dict("records")],
             "points [95 %]": list(map(ahead, chosen.to_dict("records"))),
-            "p (DeLong)": chosen["p"].map("{:.2g}".format),
-            "p (Holm)": chosen["p_holm"].map(lambda p: "–" if np.isnan(p) else f"{p:.2g}"),
+            "p (DeLong)": chosen["p"].map(_small),
+            "p (Holm)": chosen["p_holm"].map(_small),
         }
     )
+
+
+def _small(p: float) -> str:
+    """A p value; none where nothing was tested."""
+    return "–" if np.isnan(p) else "< 0.0001" if p < 1e-4 else f"{p:.2g}"
 
 
 def against_rival(paired: pd.DataFrame, choice: Mapping) -> pd.DataFrame:

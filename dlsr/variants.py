@@ -460,7 +460,7 @@ def likelihood_weights(ts: Sequence[int]) -> tuple[float, ...]:
 _LATE = T_GRID[1:]
 _ERROR, _GAUSSIAN, _KNN = Errors(free(10)), ResidualGaussian(free(10)), Neighbours("z0", 50)
 _OTHER_T, _NO_NOISE, _COVARIANCE = "one step from another t", "no noise added", "covariance of ID residuals"
-_LAYERS, _SMALLER, _SHORTER = "single or deeper layers", "a smaller LFDN", "a shorter training"
+_LAYERS, _SMALLER = "single or deeper layers", "a smaller LFDN"
 _CALIBRATED, _STANDARDISED = "layers calibrated on held-out ID", "features standardised over the training set"
 _AND_KNN, _AND_GAUSSIAN = "fusion with kNN", "fusion with the feature Gaussian"
 _TWO = "fusion of two scores of one residual"
@@ -522,7 +522,7 @@ VARIANTS = {
     "MSE + residual Gaussian + kNN": Variant(_AND_KNN, Fusion((_ERROR, _GAUSSIAN, _KNN))),
     **{
         f"{name}, {network} LFDN": Variant(idea, score, network)
-        for network, idea in (("small", _SMALLER), ("short", _SHORTER), ("standardised", _STANDARDISED))
+        for network, idea in (("small", _SMALLER), ("standardised", _STANDARDISED))
         for name, score in (
             ("MSE", _ERROR),
             ("residual Gaussian", _GAUSSIAN),
