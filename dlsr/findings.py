@@ -5,8 +5,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
+from dlsr.benchmarks import results, settings
 from dlsr.comparison import DEVELOPMENT, REPORT, STUDIES, OODSet, superclasses
 from dlsr.datasets import DATASETS
+from dlsr.experiments import METHOD
+from dlsr.results import AVERAGE, VARIANT
 from dlsr.rivals import RIVALS
 from dlsr.search import BUDGET, PAPER_PARAMETERS
 
@@ -247,6 +250,23 @@ def layers_title(layers: pd.DataFrame) -> str:
 
 
 # Intervals
+
+
+def seeds_and_images() -> str:
+    """How far two seeds lie apart, and how wide the interval over images is, in the paper's tables."""
+    items = ("01_generative", "02_celeba", "03_rivals", "08_near_ood")
+    rows = pd.concat([results(settings(item, {"profile": "pack"})) for item in items])
+    rows = rows[(rows["metric"] == "auroc") & (rows["versus"] == "") & (rows["method"] == METHOD)]
+    rows = rows[rows["ood"] != AVERAGE].drop_duplicates(["id", "ood", "encoder", "seed", *VARIANT])
+    key = ["id", "ood", "encoder", *VARIANT]
+    wide = rows.pivot(index=key, columns="seed", values="value").reindex(columns=["0", "1"]).dropna()
+    means = rows[rows["seed"] == "mean"].set_index(key).loc[wide.index]
+    apart, width = (wide["0"] - wide["1"]).abs(), means["ci_high"] - means["ci_low"]
+    return (
+        f"In this book's tables {len(wide)} AUROCs were measured with two seeds each: the seeds lie "
+        f"{apart.mean():.2f} points apart on average, and the 95 % interval over images is {width.mean():.2f} "
+        f"points wide; it is the wider of the two for {(width > apart).mean():.0%} of them."
+    )
 
 
 def paired_title(paired: pd.DataFrame) -> str:

@@ -1,8 +1,11 @@
 """The chapter's sentences and figures, on made tables."""
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import ROOT
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -181,6 +184,13 @@ def test_paired_differences_are_counted(tables):
     against = findings.against_rival(paired[paired["view"] == "matched"], CHOICE)
     assert len(against) == len(STUDY_SET[0].of(REPORT)) + len(MEANS)
     assert pixels(plots.paired_differences(everywhere, title="t")) > 0
+
+
+def test_seeds_are_set_beside_images(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = findings.seeds_and_images()
+    apart, width = (float(x) for x in re.findall(r"(\d+\.\d\d) points", text))
+    assert 0 < apart < width
 
 
 def test_ranks(on_z0):
