@@ -149,9 +149,10 @@ def _places(data: Data) -> dict[tuple[str, str], Features]:
     study = data.study
     places = {("id", "native"): data.of_id(study.id_test)}
     for ood in study.sets:
-        for view in VIEWS:
-            resized = data.images(ood.dataset).size != study.id_size
-            if view == "native" or (resized and (view == "matched" or ood.stage == REPORT)):
+        resized = data.images(ood.dataset).size != study.id_size
+        if ood.stage == REPORT or resized:  # a development set only shows what its resolution does
+            views = VIEWS if ood.stage == REPORT else VIEWS[:2]
+            for view in views if resized else VIEWS[:1]:
                 places[ood.name, view] = data.of_ood(ood, view)
     return places | {("control", name): data.of_control(study.id_test, name) for name in ("", *CONTROLS[1:])}
 
@@ -275,8 +276,9 @@ def same_features(scores: Scores, view: str) -> tuple[pd.DataFrame, pd.DataFrame
     draws of ID. The differences are of the recommended score from each other detector's.
     """
     study, on_id = scores.study, scores.of("id@native")
-    ood = {one.name: scores.of(f"{one.name}@{view}") for one in study.sets}
-    about = {one.name: {"group": one.group, "stage": one.stage} for one in study.sets}
+    sets = [one for one in study.sets if f"{one.name}@native" in scores.images]
+    ood = {one.name: scores.of(f"{one.name}@{view}") for one in sets}
+    about = {one.name: {"group": one.group, "stage": one.stage} for one in sets}
     for one in study.of(REPORT):
         labels = scores.images[scores.place(f"{one.name}@{view}")]["label"]
         kept = no_overlap(one.dataset, labels)
@@ -292,7 +294,7 @@ def same_features(scores: Scores, view: str) -> tuple[pd.DataFrame, pd.DataFrame
     }  # fmt: skip
     places = list(ood)
     for mean in MEANS:
-        over = [i for i, one in enumerate(study.sets) if one.stage == REPORT and mean in (one.group, "all")]
+        over = [i for i, one in enumerate(sets) if one.stage == REPORT and mean in (one.group, "all")]
         for metric in draws:
             draws[metric] = np.concatenate([draws[metric], draws[metric][:, over].mean(1, keepdims=True)], 1)
             points[metric] = np.concatenate(
@@ -300,7 +302,7 @@ def same_features(scores: Scores, view: str) -> tuple[pd.DataFrame, pd.DataFrame
             )
         places.append(mean)
         about[mean] = {"group": mean, "stage": "mean"}
-        sizes[mean] = sum(sizes[study.sets[i].name] for i in over)
+        sizes[mean] = sum(sizes[sets[i].name] for i in over)
     cells = []
     for i, entry in enumerate(scores.entries):
         for metric, values in points.items():

@@ -264,8 +264,8 @@ def seeds_and_images() -> str:
     apart, width = (wide["0"] - wide["1"]).abs(), means["ci_high"] - means["ci_low"]
     return (
         f"In this book's tables {len(wide)} AUROCs were measured with two seeds each: the seeds lie "
-        f"{apart.mean():.2f} points apart on average, and the 95 % interval over images is {width.mean():.2f} "
-        f"points wide; it is the wider of the two for {(width > apart).mean():.0%} of them."
+        f"{apart.mean():.2f} points apart on average, the 95 % interval over images is "
+        f"{width.mean():.2f} points wide; it is the wider for {(width > apart).mean():.0%} of them."
     )
 
 
