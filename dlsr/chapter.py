@@ -77,11 +77,15 @@ class Entry:
         return f"{self.features}-{self.name}.parquet"
 
 
-def entries(choice: Mapping, channels: tuple[int, ...], part: str = "") -> list[Entry]:
-    """All detectors of the report, in the order of its tables; of the control ``half`` those on z0."""
+def entries(choice: Mapping, channels: tuple[int, ...], part: str = "", *, encoder: str = "") -> list[Entry]:
+    """All detectors of the report, in the order of its tables.
+
+    Those on raw features by the encoder of the search alone; of the control ``half`` those on z0.
+    """
+    kinds = KINDS if encoder in ("", choice.get("encoder")) else KINDS[:1]
     rivals = [
         Entry(kind, name, RIVALS[name].title, "rival", setting)
-        for kind in KINDS
+        for kind in kinds
         for name, setting in ((name, choice["settings"][kind][name]) for name in RIVALS)
     ]
     papers = [Entry("z0", score, title, "paper") for score, title in PAPERS.items()]
@@ -166,7 +170,10 @@ def _score_all(
     *,
     progress: bool,
 ) -> None:
-    todo, first = entries(choice, bench.channels, part), next(iter(places.values()))
+    todo, first = (
+        entries(choice, bench.channels, part, encoder=bench.study.encoder),
+        next(iter(places.values())),
+    )
     timed = first.take(first.rows[:TIMED])
     for entry in tqdm(todo, desc=f"{folder.name} {part}", disable=not progress):
         stamp = _entry_stamp(bench.study, entry)
@@ -240,7 +247,7 @@ def read_scores(study: Study, profile: str, part: str = "") -> Scores:
     """The scores of the report; of its control at half size with ``part="half"``."""
     folder = chapter_folder(profile) / "scores" / study.encoder
     channels = get_encoder(study.encoder).channels()
-    listed = tuple(entries(read_choice(profile), channels, part))
+    listed = tuple(entries(read_choice(profile), channels, part, encoder=study.encoder))
     about, places = {}, {}
     for entry in listed:
         table = pq.read_table(folder / part / entry.file)
@@ -481,7 +488,7 @@ def state(profile: str) -> str:
     for study in STUDIES[profile]:
         channels = get_encoder(study.encoder).channels()
         for part in ("", "half"):
-            for entry in entries(choice, channels, part):
+            for entry in entries(choice, channels, part, encoder=study.encoder):
                 file = chapter_folder(profile) / "scores" / study.encoder / part / entry.file
                 if not file.is_file() or _about(file)["stamp"] != _entry_stamp(study, entry):
                     return "out of date: scores"

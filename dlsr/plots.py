@@ -712,16 +712,16 @@ def paired_differences(paired: pd.DataFrame, *, title: str) -> Figure:
     figure, axes = _figure(len(encoders), height=1.3 + 0.2 * len(keys), sharey=True)
     y = -np.arange(len(keys))
     for axis, encoder in zip(axes[0], encoders, strict=True):
-        part = paired[paired["encoder"] == encoder].set_index(["features", "name"]).loc[keys]
+        part = paired[paired["encoder"] == encoder].set_index(["features", "name"])
+        part = part.reindex(pd.MultiIndex.from_tuples(keys))  # not every encoder has all
         for kind, colour in KIND_COLOURS.items():
             chosen = (part["kind"] == kind).to_numpy()
             errors = _errors(part[chosen], "difference")
             options = {"fmt": "o", "ms": 4, "capsize": 2, "color": colour}
             axis.errorbar(part["difference"][chosen], y[chosen], xerr=errors, **options)
         axis.axvline(0, color="0.3", lw=1)
-        labels = [f"{title}{' (raw)' if features == 'raw' else ''}"
-                  for (features, _), title in zip(keys, part["title"], strict=True)]  # fmt: skip
-        axis.set(yticks=y, yticklabels=labels, xlabel="points of mean AUROC")
+        raw = first["features"].map({"raw": " (raw)"}).fillna("")
+        axis.set(yticks=y, yticklabels=first["title"] + raw, xlabel="points of mean AUROC")
         axis.set_title(encoder, fontsize="small")
     _of_kinds(axes, figure, [kind for kind in KIND_COLOURS if (first["kind"] == kind).any()])
     return _finish(figure, title)

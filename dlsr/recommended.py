@@ -14,7 +14,7 @@ from dlsr.detector import DLSRDetector
 from dlsr.features import replace_file
 from dlsr.variants import VARIANTS, Bank
 
-RECOMMENDED = "residual Gaussian + kNN"  # what results/choice.json says; a test compares them
+RECOMMENDED = "2 kNN of hidden + Gaussian + MSE, layers 3..4"  # what results/choice.json says; a test compares them
 VECTORS = "vectors.safetensors"
 
 

@@ -501,6 +501,16 @@ VARIANTS = {
     "Gaussian of hidden": Variant(_HIDDEN, HiddenGaussian(10)),
     "kNN of hidden + kNN": Variant(_HIDDEN_AND, Fusion((_HIDDEN_KNN, _KNN))),
     "kNN of hidden + Gaussian": Variant(_HIDDEN_AND, Fusion((_HIDDEN_KNN, Gaussian()))),
+    "kNN of hidden, k=200 + Gaussian": Variant(
+        _HIDDEN_AND, Fusion((Neighbours("hidden", 200, (10, 0)), Gaussian()))
+    ),
+    "kNN of hidden + Gaussian + MSE, layers 3..4": Variant(
+        _HIDDEN_AND, Fusion((_HIDDEN_KNN, Gaussian(), Errors(free(10), (2, 3))))
+    ),
+    "2 kNN of hidden + Gaussian + MSE, layers 3..4": Variant(
+        _HIDDEN_AND, Fusion((_HIDDEN_KNN, Gaussian(), Errors(free(10), (2, 3))), weights=(2, 1, 1))
+    ),
+    "kNN of hidden + Gaussian + MSE": Variant(_HIDDEN_AND, Fusion((_HIDDEN_KNN, Gaussian(), _ERROR))),
     "kNN of hidden + MSE": Variant(_HIDDEN_AND, Fusion((_HIDDEN_KNN, _ERROR))),
     "kNN of hidden + residual Gaussian": Variant(_HIDDEN_AND, Fusion((_HIDDEN_KNN, _GAUSSIAN))),
     "2 kNN of hidden + residual Gaussian": Variant(
