@@ -12,9 +12,9 @@ from safetensors.numpy import load_file, save_file
 from dlsr.datasets import UserError
 from dlsr.detector import DLSRDetector
 from dlsr.features import replace_file
-from dlsr.variants import VARIANTS, Bank
+from dlsr.variants import VARIANTS, Bank, Fusion, Score
 
-RECOMMENDED = "2 kNN of hidden + Gaussian + MSE, layers 3..4"  # what results/choice.json says; a test compares them
+RECOMMENDED = "2 kNN of hidden + Gaussian + MSE, layers 3..4"  # as results/choice.json says
 VECTORS = "vectors.safetensors"
 
 
@@ -69,6 +69,12 @@ class RecommendedDetector(DLSRDetector):
                 f"calibration_fraction={self.calibration_fraction} was given; the recommended score needs "
                 "held-out images: it is above 0 and below 1."
             )
+        layers, needed = len(self.channels or (1,)), layers_read(VARIANTS[self.variant].score)
+        if layers < needed:
+            raise UserError(
+                f"Features of {layers} layers were given; {self.variant!r} reads {needed}. Give channels, "
+                "take an encoder with more layers, or one of the paper's scores."
+            )
         self.vectors_ = np.asarray(z, dtype=np.float32)
         self.score_ = None
         return super().fit(self.vectors_)
@@ -106,6 +112,12 @@ class RecommendedDetector(DLSRDetector):
 
     def _bank(self, z: np.ndarray) -> Bank:
         return Bank(self.trained_, z, self.channels_, name=f"seed {self.seed}")
+
+
+def layers_read(score: Score) -> int:
+    """How many layers of z0 a score needs."""
+    parts = score.parts if isinstance(score, Fusion) else (score,)
+    return max(max(getattr(part, "layers", None) or (0,)) + 1 for part in parts)
 
 
 def load_detector(folder: str | Path, *, device: str | None = None) -> DLSRDetector:

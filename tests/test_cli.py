@@ -18,8 +18,9 @@ from dlsr.comparison import STUDIES
 from dlsr.datasets import DATASETS, UserError
 from dlsr.detector import DLSRDetector
 from dlsr.experiments import method_name
-from dlsr.recommended import RecommendedDetector, load_detector
+from dlsr.recommended import RECOMMENDED, RecommendedDetector, load_detector
 from dlsr.results import COLUMNS, write_rows
+from dlsr.variants import VARIANTS
 
 QUICK, NEAR, GUARD, LMD = "00_quickstart", "08_near_ood", "09_diffguard", "10_lmd"
 
@@ -69,7 +70,8 @@ def refused(capsys, *arguments):
 
 def fit(photos, out, *more):
     sizes = ["--width", "16", "--blocks", "1", "--epochs", "2"]
-    return main(["fit", str(photos), "--out", str(out), "--encoder", "fake", *sizes, *more])
+    score = [] if "--score" in more else ["--score", "mfsim"]  # the encoder has too few layers for another
+    return main(["fit", str(photos), "--out", str(out), "--encoder", "fake", *sizes, *score, *more])
 
 
 # Mistakes
@@ -237,17 +239,26 @@ def test_fit_and_score(photos, tmp_path, capsys, fake):
     called = int((table["verdict"] == "OOD").sum())
     assert called + (table["verdict"] == "ID").sum() == 7
     assert f"7 images scored, {called} of them called OOD" in out
-    detector = load_detector(tmp_path / "detector")
-    assert isinstance(detector, RecommendedDetector)
-    threshold = detector.threshold_
+    threshold = load_detector(tmp_path / "detector").threshold_
     np.testing.assert_array_equal(table["verdict"] == "OOD", table["ood_score"] > threshold)
     assert fake.images == 47
 
 
-def test_the_papers_scores_are_an_option(photos, tmp_path):
-    assert fit(photos, tmp_path / "d", "--score", "mse") == 0
-    detector = load_detector(tmp_path / "d")
-    assert (type(detector), detector.score) == (DLSRDetector, "mse")
+@pytest.mark.parametrize(
+    ("score", "kind"), [("recommended", RecommendedDetector), ("mse", DLSRDetector), ("lr", DLSRDetector)]
+)
+def test_the_score_is_an_option(score, kind, photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("dlsr.recommended.layers_read", lambda score: 1)
+    monkeypatch.setitem(VARIANTS, RECOMMENDED, VARIANTS["kNN of hidden + Gaussian"])
+    assert fit(photos, tmp_path / "detector", "--score", score) == 0
+    assert type(load_detector(tmp_path / "detector")) is kind
+    assert main(["score", str(tmp_path / "detector"), str(photos)]) == 0
+    assert "40 images scored" in capsys.readouterr().out
+
+
+def test_an_encoder_with_too_few_layers_is_refused(photos, tmp_path, capsys):
+    assert main(["fit", str(photos), "--out", str(tmp_path), "--encoder", "fake"]) == 2
+    assert "dlsr: Features of 3 layers were given" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_score_without_csv_prints_the_table(photos, tmp_path, capsys):

@@ -10,9 +10,9 @@ from dlsr.metrics import auroc
 from dlsr.recommended import RECOMMENDED, VECTORS, RecommendedDetector, load_detector
 from dlsr.variants import VARIANTS
 
-CHANNELS = (16, 16)
-ID, OOD = easy_features(300)
-ID_TEST, _ = easy_features(100, seed=1)
+CHANNELS = (8, 8, 8, 8)
+ID, OOD = easy_features(300, channels=CHANNELS)
+ID_TEST, _ = easy_features(100, seed=1, channels=CHANNELS)
 SMALL = {"width": 32, "blocks": 2, "epochs": 15, "lr": 3e-3, "batch_size": 32, "device": "cpu"}
 
 
@@ -77,6 +77,14 @@ def test_a_wrong_parameter_is_refused_before_anything_is_trained(wrong, monkeypa
     monkeypatch.setattr("dlsr.detector.train", lambda *_, **__: pytest.fail("it trained"))
     with pytest.raises(UserError) as error:
         RecommendedDetector(CHANNELS, **SMALL | wrong).fit(ID)
+    assert one_sentence(error)
+
+
+@pytest.mark.parametrize("channels", [None, (16, 16)])
+def test_too_few_layers_are_refused(channels, monkeypatch):
+    monkeypatch.setattr("dlsr.detector.train", lambda *_, **__: pytest.fail("it trained"))
+    with pytest.raises(UserError, match="reads 4") as error:
+        RecommendedDetector(channels, **SMALL).fit(ID)
     assert one_sentence(error)
 
 
