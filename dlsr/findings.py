@@ -415,27 +415,33 @@ def verdict(paired: pd.DataFrame, choice: Mapping) -> str:
     """Whether the recommended score is ahead of its controls and of the rival: whether diffusion helps."""
     bullets = []
     for encoder, part in paired.groupby("encoder", sort=False):
-        controls = part[(part["kind"] == "control") & (part["ood"] == "all")]
-        behind = controls[controls["ci_low"] <= 0]
-        helps = (
-            "ahead of all three" if behind.empty else f"not surely ahead of itself {_and(behind['title'])}"
-        )
-        rival = part[
+        rows = part[
             (part["features"] == choice["rival"]["features"]) & (part["name"] == choice["rival"]["name"])
         ]
-        rival = rival.set_index("ood")
-        near, far, both = (rival.loc[mean] for mean in MEANS)
+        near, far, both = (rows.set_index("ood").loc[mean] for mean in MEANS)
         reached = near["difference"] >= 0 and far["difference"] >= 0 and both["ci_low"] > 0
         bullets.append(
-            f"`{encoder}`: {helps}"
-            + (": diffusion helps here. " if behind.empty else ", so that diffusion cannot be said to help. ")
-            + f"Against the rival, {RIVALS[choice['rival']['name']].title}: near "
-            f"{ahead(near)}, far "
-            f"{ahead(far)}, all "
-            f"{ahead(both)} points. The aim, no worse "
-            f"on near and on far and an interval above zero on all, is {'' if reached else 'not '}reached."
+            f"`{encoder}`: {_of_controls(part)} Against the rival, {RIVALS[choice['rival']['name']].title}: "
+            f"near {ahead(near)}, far {ahead(far)}, all {ahead(both)} points. The aim, no worse on near and "
+            f"on far and an interval above zero on all, is {'' if reached else 'not '}reached."
         )
     return "\n".join(f"- {bullet}" for bullet in bullets)
+
+
+def _of_controls(paired: pd.DataFrame) -> str:
+    """Whether all controls are beaten on the mean of all, and where one of them is ahead."""
+    controls = paired[paired["kind"] == "control"]
+    behind = controls[(controls["ood"] == "all") & (controls["ci_low"] <= 0)]
+    lost = controls[controls["ood"].isin(["near", "far"]) & (controls["ci_high"] < 0)]
+    but = [
+        f"on {r['ood']}-OOD alone itself {r['title']} is ahead ({ahead(r)})" for r in lost.to_dict("records")
+    ]
+    text = (
+        "ahead of all three on the mean of all sets: diffusion helps here."
+        if behind.empty
+        else f"not surely ahead of itself {_and(behind['title'])}, so that diffusion cannot be said to help."
+    )
+    return f"{text} But {_and(but)}." if but else text
 
 
 def _and(names: Sequence[str]) -> str:
