@@ -485,8 +485,25 @@ def advice(cells: pd.DataFrame, paired: pd.DataFrame, choice: Mapping) -> str:
         f"% on the mean of all report sets, where the paper's best score, {papers['title']}, has "
         f"{said(papers)} %.\n"
         f"- **Highest mean here**: {_name(best)}, {said(best)} %.\n"
+        f"- **The recommended score**, chosen on `{choice['encoder']}`: {_carried(paired, choice)}\n"
         "- **Photographs of other sizes than your ID images**: bring all to the same size first, or a "
         "detector tells sizes apart instead of contents.\n"
         "- **Near-OOD** (other classes, same kind of image): look at the near column alone; the mean over "
         "easy far sets hides it."
     )
+
+
+def _carried(paired: pd.DataFrame, choice: Mapping) -> str:
+    """Whether the recommended score is ahead of the rival by every encoder."""
+    name, features = choice["rival"]["name"], choice["rival"]["features"]
+    rows = paired[(paired["name"] == name) & (paired["features"] == features) & (paired["ood"] == "all")]
+    rows = rows[rows["view"] == "matched"]
+    found = [f"{ahead(row)} points by `{row['encoder']}`" for row in rows.to_dict("records")]
+    surely = (rows["ci_low"] > 0).all()
+    advice = (
+        "It is ahead by every encoder tried."
+        if surely
+        else f"It is not ahead by every encoder tried: on another encoder, try {RIVALS[name].title} first, "
+        "which has nothing to train."
+    )
+    return f"against {RIVALS[name].title} {_and(found)}. {advice}"

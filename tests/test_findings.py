@@ -18,6 +18,7 @@ from dlsr.variants import VARIANTS
 
 SCORE = "residual Gaussian + kNN"
 CHOICE = {
+    "encoder": STUDIES["pack"][0].encoder,
     "score": SCORE,
     "development": {"near": 88.0, "far": 99.0, "objective": 93.5},
     "rival": {"features": "z0", "name": "knn", "setting": "k=5"},
