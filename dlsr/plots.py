@@ -612,8 +612,8 @@ KIND_NAMES = {
 }  # fmt: skip
 CONTROL_NAMES = {
     "half": "fitted at half the size:\nthe same images, whole",
-    "double": "enlarged twofold first:\nshould be 50 %",
-    "jpeg": "saved as JPEG:\nshould be near 50 %",
+    "double": "enlarged twofold first:\nnothing is added",
+    "jpeg": "saved as JPEG\nof quality 75",
 }
 
 
@@ -722,6 +722,7 @@ def paired_differences(paired: pd.DataFrame, *, title: str) -> Figure:
         axis.axvline(0, color="0.3", lw=1)
         raw = first["features"].map({"raw": " (raw)"}).fillna("")
         axis.set(yticks=y, yticklabels=first["title"] + raw, xlabel="points of mean AUROC")
+        axis.set_xscale("symlog", linthresh=2)  # one method far behind must not hide the others
         axis.set_title(encoder, fontsize="small")
     _of_kinds(axes, figure, [kind for kind in KIND_COLOURS if (first["kind"] == kind).any()])
     return _finish(figure, title)
@@ -754,11 +755,12 @@ def search_log(ranked: pd.DataFrame, *, budget: float, chosen: str, title: str) 
         axis.scatter(part["multiply_adds"], part["objective"], color=KIND_COLOURS[kind], s=22)
     own = variants[variants["name"] == chosen].iloc[0]
     axis.scatter(own["multiply_adds"], own["objective"], color=KIND_COLOURS["recommended"], s=60, zorder=3)
-    axis.annotate(chosen, (own["multiply_adds"], own["objective"]), xytext=(6, 6), textcoords="offset points")
+    axis.annotate(chosen, (own["multiply_adds"], own["objective"]), xytext=(-8, -3),
+                  textcoords="offset points", ha="right")  # fmt: skip
     best = rivals.iloc[0]
     axis.axhline(best["objective"], color=KIND_COLOURS["rival"], ls="--", lw=1.5)
     name = f"best baseline: {best['idea']}, {best['setting']}, {best['features']}"
-    axis.annotate(name, (0.02, best["objective"]), xycoords=("axes fraction", "data"), xytext=(0, -12),
+    axis.annotate(name, (0.02, best["objective"]), xycoords=("axes fraction", "data"), xytext=(0, 4),
                   textcoords="offset points", color=KIND_COLOURS["rival"], fontsize="small")  # fmt: skip
     axis.axvline(budget, color="0.4", ls=":", lw=1)
     axis.annotate("most it may cost", (budget, 0.03), xycoords=("data", "axes fraction"), rotation=90,

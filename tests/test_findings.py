@@ -168,7 +168,7 @@ def test_the_controls_of_resolution(tables):
     controls = controls[(controls["encoder"] == STUDY_SET[0].encoder) & (controls["features"] == "z0")]
     controls = controls[controls["kind"].isin(["rival", "paper", "recommended"])]
     assert "90 % (MSE) AUROC" in findings.controls_title(controls)
-    assert "further than 0.5 points from 50 %" in findings.said_of_controls(controls)
+    assert "50.5 % in the median" in findings.said_of_controls(controls)
     assert pixels(plots.altered_images(controls, title="t")) > 0
 
 
