@@ -517,7 +517,7 @@ def test_the_papers_scores_are_among_the_variants_by_their_titles():
         "MSE": Papers("mse"), "LR": Papers("lr"), "MFsim": Papers("mfsim", "2..M"),
         "MFsim, all layers": Papers("mfsim"),
     }  # fmt: skip
-    assert {v.network for v in VARIANTS.values()} == {"base", "small", "short", "standardised"}
+    assert {v.network for v in VARIANTS.values()} == {"base", "small", "standardised"}
     assert len(VARIANTS) == len({(repr(v.score), v.network) for v in VARIANTS.values()})
 
 
