@@ -111,7 +111,8 @@ def wide(cells: pd.DataFrame, metric: str) -> pd.DataFrame:
     )
     order = of_all(chosen)["title"]
     order = order if metric == "auroc" else order[::-1]
-    places = [set_title(name) for name in chosen["ood"].unique()]
+    # The means first: on a narrow screen the last columns are out of sight.
+    places = [*MEANS.values(), *(set_title(name) for name in chosen["ood"].unique() if name not in MEANS)]
     table = chosen.pivot(index="title", columns="ood_", values="cell").loc[order, places]
     return table.rename_axis(index="method", columns=None).reset_index()
 

@@ -129,7 +129,7 @@ def test_the_wide_table_has_report_sets_and_means_best_first(on_z0):
     for metric, first in (("auroc", "MSE"), ("fpr95", "MSE")):
         table = findings.wide(on_z0, metric)
         report = [one.title for one in STUDY_SET[0].of(REPORT)]
-        assert list(table.columns) == ["method", *report, "mean near", "mean far", "mean of all"]
+        assert list(table.columns) == ["method", "mean near", "mean far", "mean of all", *report]
         assert table["method"].iloc[0] == first
         assert len(table) == 3 + 1 + len(RIVALS)
 
