@@ -89,8 +89,7 @@ class DLSRDetector(OutlierMixin, BaseEstimator):
         self._how()
         if not 0 <= self.calibration_fraction < 1:
             raise UserError(f"calibration_fraction={self.calibration_fraction} was given; it is in [0, 1).")
-        order = np.random.RandomState(self.seed).permutation(len(z))
-        held_out = int(np.ceil(self.calibration_fraction * len(z)))
+        fitted, held_out = self._split(z)
         self.n_features_in_ = z.shape[1]
         settings = TrainingSettings(
             width=self.width,
@@ -101,11 +100,10 @@ class DLSRDetector(OutlierMixin, BaseEstimator):
             batch_size=self.batch_size,
             seed=self.seed,
         )
-        fitted = z[np.sort(order[held_out:])]
         self.trained_ = train(fitted, settings, device=self.device, progress=self.progress)
         self.threshold_ = None
-        if held_out:
-            scores = self.ood_score(z[order[:held_out]])
+        if len(held_out):
+            scores = self.ood_score(held_out)
             self.threshold_ = float(np.quantile(scores, THRESHOLD_QUANTILE))
         return self
 
@@ -198,6 +196,12 @@ class DLSRDetector(OutlierMixin, BaseEstimator):
             network.load_state_dict(weights_of(name, tensors))
             networks[name] = network.to(pick_device(self.device)).eval().requires_grad_(False)
         self.trained_ = Trained(**networks, losses=content["losses"], settings=None)
+
+    def _split(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The vectors that are fitted on, in their order, and those held out to calibrate."""
+        order = np.random.RandomState(self.seed).permutation(len(z))
+        held_out = int(np.ceil(self.calibration_fraction * len(z)))
+        return z[np.sort(order[held_out:])], z[order[:held_out]]
 
     def _how(self) -> Reconstruction:
         return Reconstruction(self.reconstruction, self.t, self.noise_draws)

@@ -83,10 +83,7 @@ class RecommendedDetector(DLSRDetector):
         """(N,) scores, larger = more OOD; the noise, where the score has any, is fixed by ``seed``."""
         z = self._checked(z)
         if self.score_ is None:
-            order = np.random.RandomState(self.seed).permutation(len(self.vectors_))
-            held_out = int(np.ceil(self.calibration_fraction * len(order)))
-            fitted = self._bank(self.vectors_[np.sort(order[held_out:])])
-            calibration = self._bank(self.vectors_[order[:held_out]])
+            fitted, calibration = map(self._bank, self._split(self.vectors_))
             self.score_ = deepcopy(VARIANTS[self.variant].score).fit(fitted, calibration)
         return self.score_.score(self._bank(z))
 

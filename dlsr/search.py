@@ -165,8 +165,8 @@ def search(study: Study, profile: str, *, progress: bool = True) -> pd.DataFrame
         replace_file(file, lambda path: held.to_csv(path, index=False))
     old = held
     for about in tqdm(todo, desc="search", disable=not progress):
-        kept = old[np.logical_and.reduce([old[name] == value for name, value in about.items()])]
-        if len(kept) == len(places):
+        mine = np.logical_and.reduce([old[name] == value for name, value in about.items()])
+        if mine.sum() == len(places):
             continue
         began = time.perf_counter()
         score, cost = _fit(bench, about)
@@ -178,8 +178,7 @@ def search(study: Study, profile: str, *, progress: bool = True) -> pd.DataFrame
             about | more | {"ood": ood.name, "group": ood.group, "auroc": round(100 * value, 4)}
             for ood, value in found.items()
         ]
-        same = np.logical_and.reduce([old[n] == v for n, v in about.items() if n != "stamp"])
-        old = pd.concat([old[~same], pd.DataFrame(rows)[SEARCH]], ignore_index=True)
+        old = pd.concat([old[~mine], pd.DataFrame(rows)[SEARCH]], ignore_index=True)
         replace_file(file, lambda path, table=old: table.to_csv(path, index=False))
     return read_table(file)
 
@@ -233,9 +232,15 @@ def _fit(bench: Bench, about: Mapping[str, str]) -> tuple[Callable[[str, Feature
     if about["kind"] == "variant":
         variant = VARIANTS[about["name"]]
         return bench.fit_variant(variant), bench.cost(variant)
-    rival, kind = RIVALS[about["name"]], about["features"]
-    detector = build(rival, about["setting"], bench.channels).fit(bench.inputs.of(bench.fitted, kind))
-    return (lambda _, features: detector.all_scores(bench.inputs.of(features, kind))[rival.score]), np.nan
+    return fit_rival(bench, RIVALS[about["name"]], about["setting"], about["features"])[0], np.nan
+
+
+def fit_rival(
+    bench: Bench, rival: Rival, label: str, kind: str
+) -> tuple[Callable[[str, Features], np.ndarray], Detector]:
+    """A rival with these settings fitted on one of `KINDS`, as a function of a place and its features."""
+    detector = build(rival, label, bench.channels).fit(bench.inputs.of(bench.fitted, kind))
+    return (lambda _, features: detector.all_scores(bench.inputs.of(features, kind))[rival.score]), detector
 
 
 def build(rival: Rival, label: str, channels: tuple[int, ...]) -> Detector:
