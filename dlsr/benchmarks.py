@@ -206,7 +206,10 @@ ITEMS = {
                         Reconstruction("one_step", t=3, noise_draws=8),
                     ),
                 ),
-                pack_only=[pack("cifar10", ["cifar100/test"], **_LITE0)],
+                pack_only=[
+                    pack("cifar10", ["cifar100/test"], **_LITE0),
+                    pack("cifar10", ["cifar100/test"], pooling="grid14", setting="grid14"),
+                ],
             ),
             {"auroc": "table8_cifar10_vs_cifar100", "fpr95": "table8_cifar10_vs_cifar100"},
         ),

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from dlsr.baselines import Mahalanobis
+from dlsr.baselines import Detector, Mahalanobis
 from dlsr.comparison import CONTROLS, REPORT, STUDIES, VIEWS, Data, Study, lists
 from dlsr.datasets import UserError
 from dlsr.encoders import get_encoder
@@ -25,23 +26,25 @@ from dlsr.search import (
     KINDS,
     RIVALS_CODE,
     SEARCH,
+    TIMED,
     VARIANTS_CODE,
     Bench,
     bench_of,
-    build,
     chapter_folder,
     choice_file,
     choose,
+    fit_rival,
     read_choice,
     read_table,
     search,
     search_file,
     search_sha256,
     stamp_of,
+    training_seconds,
     tried,
 )
 from dlsr.significance import delong, delong_of_mean, holm, paired_bootstrap, paired_p
-from dlsr.variants import VARIANTS, without_network
+from dlsr.variants import VARIANTS, Variant, without_network
 
 CHAPTER = {  # its notebooks
     "40_same_features": "Does diffusion help? The same features for all",
@@ -58,7 +61,6 @@ CONTROL_TITLES = {
     "untrained": "with an untrained LFDN",
 }
 NORMAL_975 = 1.959964  # the normal's 97.5 % quantile
-TIMED = 1000  # images of the first place, on which a detector is timed
 HALF_CALIBRATION = 10  # one in so many of the control's training images calibrates
 
 
@@ -77,15 +79,11 @@ class Entry:
         return f"{self.features}-{self.name}.parquet"
 
 
-def entries(choice: Mapping, channels: tuple[int, ...], part: str = "", *, encoder: str = "") -> list[Entry]:
-    """All detectors of the report, in the order of its tables.
-
-    Those on raw features by the encoder of the search alone; of the control ``half`` those on z0.
-    """
-    kinds = KINDS if encoder in ("", choice.get("encoder")) else KINDS[:1]
+def entries(choice: Mapping, channels: tuple[int, ...], part: str = "") -> list[Entry]:
+    """All detectors of the report, in the order of its tables; of the control ``half`` those on z0."""
     rivals = [
         Entry(kind, name, RIVALS[name].title, "rival", setting)
-        for kind in kinds
+        for kind in KINDS
         for name, setting in ((name, choice["settings"][kind][name]) for name in RIVALS)
     ]
     papers = [Entry("z0", score, title, "paper") for score, title in PAPERS.items()]
@@ -104,22 +102,33 @@ def entries(choice: Mapping, channels: tuple[int, ...], part: str = "", *, encod
 def fit_entry(bench: Bench, entry: Entry) -> tuple[Callable[[str, Features], np.ndarray], int]:
     """A detector of the report fitted, as a function of a place and its features; and its bytes."""
     if entry.kind == "rival":
-        rival = RIVALS[entry.name]
-        detector = build(rival, entry.setting, bench.channels)
-        detector.fit(bench.inputs.of(bench.fitted, entry.features))
-        found = lambda _, f: detector.all_scores(bench.inputs.of(f, entry.features))[rival.score]  # noqa: E731
+        found, detector = fit_rival(bench, RIVALS[entry.name], entry.setting, entry.features)
         return found, size_in_bytes(detector)
     if entry.kind == "layer":
         return _fit_layer(bench, entry), 0
-    variant = VARIANTS[PAPERS[entry.name] if entry.kind == "paper" else entry.setting]
+    variant = _variant(entry)
     network = variant.network
     if entry.name == "removed":
         variant = replace(variant, score=without_network(variant.score) or variant.score)
     if entry.kind == "control":
         network = f"{'linear' if entry.name == 'linear' else 'untrained'}/{network}"
-    found = bench.fit_variant(variant, network)
-    size = sum(p.numel() * p.element_size() for p in bench.network(variant.network).network.parameters())
-    return found, size
+    found, score = bench.fit_variant(variant, network)
+    denoiser = {} if entry.name == "removed" else bench.denoiser(network).state_dict()
+    return found, _kept(score) + sum(tensor.nbytes for tensor in denoiser.values())
+
+
+def _variant(entry: Entry) -> Variant:
+    return VARIANTS[PAPERS[entry.name] if entry.kind == "paper" else entry.setting]
+
+
+def _kept(score: Any) -> int:
+    """Bytes of what a fitted score of `variants` keeps."""
+    if isinstance(score, Detector):
+        return size_in_bytes(score)
+    if isinstance(score, np.ndarray):
+        return score.nbytes
+    parts = score if isinstance(score, list) else [v for name, v in vars(score).items() if name.endswith("_")]
+    return sum(map(_kept, parts))
 
 
 def _fit_layer(bench: Bench, entry: Entry) -> Callable[[str, Features], np.ndarray]:
@@ -170,19 +179,17 @@ def _score_all(
     *,
     progress: bool,
 ) -> None:
-    todo, first = (
-        entries(choice, bench.channels, part, encoder=bench.study.encoder),
-        next(iter(places.values())),
-    )
+    todo, first = entries(choice, bench.channels, part), next(iter(places.values()))
     timed = first.take(first.rows[:TIMED])
     for entry in tqdm(todo, desc=f"{folder.name} {part}", disable=not progress):
         stamp = _entry_stamp(bench.study, entry)
         file = folder / part / entry.file
         if file.is_file() and _about(file)["stamp"] == stamp:
             continue
+        training = _training_seconds(bench, entry)
         began = time.perf_counter()
         score, size = fit_entry(bench, entry)
-        fit_seconds = time.perf_counter() - began
+        fit_seconds = training + time.perf_counter() - began
         found = {place: score("@".join(place), features) for place, features in places.items()}
         began = time.perf_counter()
         score(f"timing of {entry.file}", timed)  # a place of its own, of which nothing is kept from before
@@ -192,6 +199,17 @@ def _score_all(
             "n_fit": len(bench.fitted), "choice": choice["search_sha256"],
         }  # fmt: skip
         _write_scores(file, found, about)
+
+
+def _training_seconds(bench: Bench, entry: Entry) -> float:
+    """Of a network that the cache may hold, and that is trained when this returns; 0 without one."""
+    if entry.kind == "rival":
+        return training_seconds(bench, RIVALS[entry.name], entry.setting, entry.features)
+    if entry.kind not in ("paper", RECOMMENDED):
+        return 0.0
+    name = _variant(entry).network
+    bench.network(name)
+    return bench.training_seconds(name)
 
 
 def _entry_stamp(study: Study, entry: Entry) -> str:
@@ -247,12 +265,12 @@ def read_scores(study: Study, profile: str, part: str = "") -> Scores:
     """The scores of the report; of its control at half size with ``part="half"``."""
     folder = chapter_folder(profile) / "scores" / study.encoder
     channels = get_encoder(study.encoder).channels()
-    listed = tuple(entries(read_choice(profile), channels, part, encoder=study.encoder))
+    listed = tuple(entries(read_choice(profile), channels, part))
     about, places = {}, {}
     for entry in listed:
         table = pq.read_table(folder / part / entry.file)
         about[entry.file] = json.loads(table.schema.metadata[b"dlsr"])
-        places[entry.file] = _by_place(table.to_pandas(), "score")
+        places[entry.file] = _by_place(table.to_pandas())
     images = pd.read_parquet(folder / "images.parquet")
     found = {place: rows for place, rows in images.groupby("place", sort=False)}
     if part:
@@ -260,8 +278,8 @@ def read_scores(study: Study, profile: str, part: str = "") -> Scores:
     return Scores(study, listed, about, places, found)
 
 
-def _by_place(table: pd.DataFrame, column: str) -> dict[str, np.ndarray]:
-    return {place: rows[column].to_numpy() for place, rows in table.groupby("place", sort=False)}
+def _by_place(table: pd.DataFrame) -> dict[str, np.ndarray]:
+    return {place: rows["score"].to_numpy() for place, rows in table.groupby("place", sort=False)}
 
 
 def no_overlap(dataset: str, labels: pd.Series) -> np.ndarray:
@@ -404,6 +422,10 @@ def costs(scores: Scores) -> pd.DataFrame:
 
 
 TABLES = ("same_features", "paired", "filters", "controls", "costs")
+TABLES_CODE = tuple(
+    f"chapter.{name}"
+    for name in ("no_overlap", "same_features", "_paired", "filters", "controls", "_aurocs", "costs")
+)
 
 
 def write_tables(profile: str) -> None:
@@ -427,10 +449,8 @@ def write_tables(profile: str) -> None:
 def tables_stamp(profile: str) -> str:
     """A hash of all scores and of the code that makes tables of them."""
     files = sorted((chapter_folder(profile) / "scores").rglob("*-*.parquet"))
-    stamps = [_about(file)["stamp"] for file in files]
-    return hashlib.sha256(json.dumps([stamps, code_hash("metrics", "significance")]).encode()).hexdigest()[
-        :12
-    ]
+    known = [[_about(file)["stamp"] for file in files], code_hash("metrics", "significance", *TABLES_CODE)]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:12]
 
 
 # What pages read
@@ -488,7 +508,7 @@ def state(profile: str) -> str:
     for study in STUDIES[profile]:
         channels = get_encoder(study.encoder).channels()
         for part in ("", "half"):
-            for entry in entries(choice, channels, part, encoder=study.encoder):
+            for entry in entries(choice, channels, part):
                 file = chapter_folder(profile) / "scores" / study.encoder / part / entry.file
                 if not file.is_file() or _about(file)["stamp"] != _entry_stamp(study, entry):
                     return "out of date: scores"

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib import resources
 
@@ -120,10 +120,7 @@ STUDIES = {
             n_control_fit=400,
         ),
     ),
-    "pack": (
-        Study(B4_PACK, PACK_SETS, BASE),
-        Study("efficientnet_lite0", PACK_SETS, replace(BASE, epochs=10), n_control_fit=4000),
-    ),
+    "pack": tuple(Study(encoder, PACK_SETS, BASE) for encoder in (B4_PACK, "efficientnet_lite0")),
 }
 
 

@@ -17,14 +17,14 @@ MEANS = {"near": "mean near", "far": "mean far", "all": "mean of all"}
 TITLES = {one.name: one.title for studies in STUDIES.values() for study in studies for one in study.sets}
 
 
-def interval(value: float, low: float, high: float, form: str = ".1f") -> str:
+def with_interval(value: float, low: float, high: float, form: str = ".1f") -> str:
     """``86.2 [85.7, 86.7]``."""
     return f"{value:{form}} [{low:{form}}, {high:{form}}]"
 
 
 def said(row: Mapping, what: str = "value", form: str = ".1f") -> str:
     """A row's value with its interval."""
-    return interval(row[what], row["ci_low"], row["ci_high"], form)
+    return with_interval(row[what], row["ci_low"], row["ci_high"], form)
 
 
 def ahead(row: Mapping) -> str:
@@ -258,6 +258,7 @@ def seeds_and_images() -> str:
     items = ("01_generative", "02_celeba", "03_rivals", "08_near_ood")
     rows = pd.concat([results(settings(item, {"profile": "pack"})) for item in items])
     rows = rows[(rows["metric"] == "auroc") & (rows["versus"] == "") & (rows["method"] == METHOD)]
+    rows = rows[rows["pooling"] == "gap"]
     rows = rows[rows["ood"] != AVERAGE].drop_duplicates(["id", "ood", "encoder", "seed", *VARIANT])
     key = ["id", "ood", "encoder", *VARIANT]
     wide = rows.pivot(index=key, columns="seed", values="value").reindex(columns=["0", "1"]).dropna()

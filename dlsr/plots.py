@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from IPython.display import HTML, display
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from sklearn.decomposition import PCA
@@ -19,6 +20,7 @@ from dlsr.datasets import DATASETS, ImageSet
 from dlsr.diffusion import LARGEST_T
 from dlsr.experiments import METHOD
 from dlsr.features import Features, layer_slices, replace_file
+from dlsr.findings import with_interval
 from dlsr.reports import overall
 from dlsr.results import AVERAGE, SetScores, project_folder
 from dlsr.scores import FIRST_EPOCH
@@ -59,11 +61,6 @@ def show_table(table: pd.DataFrame) -> HTML:
     """A table without its index, as the book's pages style it; numbers with one decimal."""
     options = {"index": False, "border": 0, "classes": "table", "na_rep": "–", "justify": "left"}
     return HTML(table.to_html(float_format="{:.1f}".format, **options))
-
-
-def with_interval(value: float, low: float, high: float) -> str:
-    """``86.2 [85.7, 86.7]``."""
-    return f"{value:.1f} [{low:.1f}, {high:.1f}]"
 
 
 def intervals_table(rows: pd.DataFrame) -> pd.DataFrame:
@@ -624,6 +621,14 @@ def _of_kinds(axes: np.ndarray, figure: Figure, kinds: Sequence[str]) -> None:
     figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False)
 
 
+def _dots(axis: Axes, rows: pd.DataFrame, y: np.ndarray, value: str) -> None:
+    """Values with their intervals, in the colours of the detectors' kinds."""
+    for kind, colour in KIND_COLOURS.items():
+        chosen = (rows["kind"] == kind).to_numpy()
+        options = {"fmt": "o", "ms": 4, "capsize": 2, "color": colour}
+        axis.errorbar(rows[value][chosen], y[chosen], xerr=_errors(rows[chosen], value), **options)
+
+
 def same_features(cells: pd.DataFrame, *, title: str) -> Figure:
     """AUROC with intervals of every detector: a row each, best first, a panel near and far."""
     order = cells[cells["ood"] == "all"].sort_values("value", ascending=False)
@@ -632,12 +637,7 @@ def same_features(cells: pd.DataFrame, *, title: str) -> Figure:
     for axis, group in zip(axes[0], ("near", "far"), strict=True):
         part = cells[cells["ood"] == group].set_index(["features", "name"])
         part = part.loc[list(zip(order["features"], order["name"], strict=True))]
-        for kind, colour in KIND_COLOURS.items():
-            chosen = (part["kind"] == kind).to_numpy()
-            errors = _errors(part[chosen], "value")
-            axis.errorbar(
-                part["value"][chosen], y[chosen], xerr=errors, fmt="o", ms=4, capsize=2, color=colour
-            )
+        _dots(axis, part, y, "value")
         axis.set(yticks=y, yticklabels=order["title"], xlabel=f"mean AUROC over {group}-OOD, %")
     _of_kinds(axes, figure, [kind for kind in KIND_COLOURS if (order["kind"] == kind).any()])
     return _finish(figure, title)
@@ -672,12 +672,7 @@ def altered_images(controls: pd.DataFrame, *, title: str) -> Figure:
     y = -np.arange(len(order))
     for axis, (control, name) in zip(axes[0], CONTROL_NAMES.items(), strict=True):
         part = controls[controls["control"] == control].set_index("name").loc[order]
-        for kind, colour in KIND_COLOURS.items():
-            chosen = (part["kind"] == kind).to_numpy()
-            errors = _errors(part[chosen], "value")
-            axis.errorbar(
-                part["value"][chosen], y[chosen], xerr=errors, fmt="o", ms=4, capsize=2, color=colour
-            )
+        _dots(axis, part, y, "value")
         axis.axvline(50, color="0.4", ls="--", lw=1)
         axis.set(yticks=y, yticklabels=part["title"], xlabel="AUROC, %")
         axis.set_title(name, fontsize="small")
@@ -714,11 +709,7 @@ def paired_differences(paired: pd.DataFrame, *, title: str) -> Figure:
     for axis, encoder in zip(axes[0], encoders, strict=True):
         part = paired[paired["encoder"] == encoder].set_index(["features", "name"])
         part = part.reindex(pd.MultiIndex.from_tuples(keys))  # not every encoder has all
-        for kind, colour in KIND_COLOURS.items():
-            chosen = (part["kind"] == kind).to_numpy()
-            errors = _errors(part[chosen], "difference")
-            options = {"fmt": "o", "ms": 4, "capsize": 2, "color": colour}
-            axis.errorbar(part["difference"][chosen], y[chosen], xerr=errors, **options)
+        _dots(axis, part, y, "difference")
         axis.axvline(0, color="0.3", lw=1)
         raw = first["features"].map({"raw": " (raw)"}).fillna("")
         axis.set(yticks=y, yticklabels=first["title"] + raw, xlabel="points of mean AUROC")

@@ -21,7 +21,8 @@ from dlsr.benchmarks import (
     with_profile,
 )
 from dlsr.datasets import DATASETS
-from dlsr.experiments import METHOD, OURS, Experiment
+from dlsr.encoders import POOLINGS
+from dlsr.experiments import HEADLINE, METHOD, OURS, Experiment
 from dlsr.metrics import auroc
 from dlsr.results import AVERAGE, SetScores, results_folder
 from dlsr.scores import FIRST_EPOCH
@@ -319,10 +320,10 @@ def results_files() -> list[Path]:
     return sorted(results_folder("pack").glob("*.csv"))
 
 
-def measured(item: str) -> pd.DataFrame:
+def measured(item: str, *, pooling: str = "gap") -> pd.DataFrame:
     """The committed rows of an item at the size of the pack: means over seeds, differences left out."""
     rows = results(settings(item, {"profile": "pack"}))
-    return rows[(rows["seed"] == "mean") & (rows["versus"] == "")]
+    return rows[(rows["seed"] == "mean") & (rows["versus"] == "") & (rows["pooling"] == pooling)]
 
 
 def lr_signs() -> pd.DataFrame:
@@ -371,11 +372,21 @@ def layers_of_mfsim() -> pd.DataFrame:
 
 def reconstructions() -> pd.DataFrame:
     """AUROC of the three scores by each way of reconstructing from t = 3, CIFAR-10 against CIFAR-100."""
-    rows = measured("08_near_ood")
+    return _near_ood(measured("08_near_ood"), ["reconstruction", "noise_draws"])
+
+
+def poolings() -> pd.DataFrame:
+    """AUROC of the three scores by each pooling of the maps, CIFAR-10 against CIFAR-100."""
+    rows = pd.concat([measured("08_near_ood", pooling=pooling) for pooling in POOLINGS])
+    headline = rows[rows["reconstruction"].eq(HEADLINE.mode) & rows["t"].eq(HEADLINE.t)]
+    return _near_ood(headline, ["pooling"])
+
+
+def _near_ood(rows: pd.DataFrame, ways: list[str]) -> pd.DataFrame:
+    """A line each way and a column each of the paper's scores, by the paper's encoder."""
     rows = rows[rows["encoder"].eq(B4_PACK) & rows["metric"].eq("auroc")]
     ours = [(line.score, line.layers) for line in OURS]
     rows = rows[[pair in ours for pair in zip(rows["score"], rows["layers"], strict=True)]]
-    ways = ["reconstruction", "noise_draws"]
     return (
         rows.pivot_table(index=ways, columns="score", values="value").reset_index().rename_axis(columns=None)
     )

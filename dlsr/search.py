@@ -13,7 +13,7 @@ import pandas as pd
 from torch import nn
 from tqdm import tqdm
 
-from dlsr.baselines import Detector
+from dlsr.baselines import Detector, Reconstructing, train_network
 from dlsr.comparison import DEVELOPMENT, Data, Study
 from dlsr.datasets import UserError
 from dlsr.features import CODE as FEATURES_CODE
@@ -22,13 +22,14 @@ from dlsr.metrics import auroc
 from dlsr.results import results_folder
 from dlsr.rivals import RIVALS, Rival
 from dlsr.training import Trained, TrainingSettings, checkpoint_file, train
-from dlsr.variants import VARIANTS, Bank, LinearDenoiser, Variant, untrained
+from dlsr.variants import VARIANTS, Bank, LinearDenoiser, Score, Variant, untrained
 
 KINDS = ("z0", "raw")  # of features: the paper's; pooled, standardised over the training images
 DATA_CODE = (*FEATURES_CODE, *(f"comparison.{name}" for name in ("split", "pick", "rows_of", "Data")))
 RIVALS_CODE = (*DATA_CODE, "lfdn", "baselines", "rivals")
 VARIANTS_CODE = (*RIVALS_CODE[:-1], "diffusion", "training", "scores", "variants")
 PAPER_PARAMETERS = 86.74e6  # of the paper's LFDN, on 720 features
+TIMED = 1000  # images, from which the time of more is told
 BUDGET = 3 * PAPER_PARAMETERS  # multiply-adds an image that the recommended score may cost
 
 
@@ -66,7 +67,8 @@ class Bench:
         self.progress, self.inputs, self.channels = progress, Inputs(fitted), fitted.channels
         self._networks: dict[str, Trained] = {}
         self._banks: dict[tuple[str, str], Bank] = {}
-        self._stands_in: dict[tuple[str, str], nn.Module] = {}
+        self._stands_in: dict[str, nn.Module] = {}
+        self._seconds: dict[str, float] = {}
 
     def training(self, network: str) -> TrainingSettings:
         """Of a network by its name: ``small`` has half the width and depth of ``base``.
@@ -88,6 +90,14 @@ class Bench:
             self._networks[name] = train(vectors, settings, checkpoint=file, progress=self.progress)
         return self._networks[name]
 
+    def training_seconds(self, name: str) -> float:
+        """What a network's training takes on this machine, from one epoch of `TIMED` of its vectors."""
+        if name not in self._seconds:
+            vectors, settings = self.vectors(self.fitted, name), self.training(name)
+            one = train(vectors[:TIMED], replace(settings, epochs=1), progress=False)
+            self._seconds[name] = settings.epochs * len(vectors) / one.vectors_per_second
+        return self._seconds[name]
+
     def bank(self, place: str, features: Features, network: str) -> Bank:
         """The residuals of a place's images under a network.
 
@@ -96,38 +106,41 @@ class Bench:
         if (place, network) not in self._banks:
             instead, _, name = network.rpartition("/")
             if instead:
-                bank = self.bank(place, features, name).under(self._instead(instead, name))
+                bank = self.bank(place, features, name).under(self.denoiser(network))
             else:
                 vectors = self.vectors(features, name)
                 bank = Bank(self.network(name), vectors, self.channels, name=place)
             self._banks[place, network] = bank
         return self._banks[place, network]
 
-    def _instead(self, instead: str, name: str) -> nn.Module:
-        """The closed-form denoiser of the fitted images, or an untrained network."""
-        if (instead, name) not in self._stands_in:
+    def denoiser(self, network: str) -> nn.Module:
+        """A trained LFDN; of ``linear/NAME`` or ``untrained/NAME`` what stands in its place."""
+        instead, _, name = network.rpartition("/")
+        if not instead:
+            return self.network(name).network
+        if network not in self._stands_in:
             own = self.training(name)
             size = {"width": own.width, "blocks": own.blocks, "seed": own.seed}
-            linear = instead == "linear"
-            self._stands_in[instead, name] = (
+            self._stands_in[network] = (
                 LinearDenoiser.fit(self.vectors(self.fitted, name))
-                if linear
+                if instead == "linear"
                 else untrained(sum(self.channels), **size)
             )
-        return self._stands_in[instead, name]
+        return self._stands_in[network]
 
-    def fit_variant(self, variant: Variant, network: str = "") -> Callable[[str, Features], np.ndarray]:
-        """A variant fitted on ID images, as a function of a place's name and features."""
+    def fit_variant(
+        self, variant: Variant, network: str = ""
+    ) -> tuple[Callable[[str, Features], np.ndarray], Score]:
+        """A variant fitted on ID images, as a function of a place's name and features; and its score."""
         network = network or variant.network
         fitted = self.bank("fitted", self.fitted, network)
         score = copy.deepcopy(variant.score)  # fitted by another network too, none takes the other's place
         score.fit(fitted, self.bank("calibration", self.calibration, network))
-        return lambda place, features: score.score(self.bank(place, features, network))
+        return (lambda place, features: score.score(self.bank(place, features, network))), score
 
     def cost(self, variant: Variant) -> float:
         """Multiply-adds an image by this study's network."""
-        network = self.network(variant.network).network
-        parameters = sum(p.numel() for p in network.parameters())
+        parameters = sum(p.numel() for p in self.denoiser(variant.network).parameters())
         return variant.score.cost(sum(self.channels), parameters, len(self.fitted))
 
 
@@ -231,7 +244,7 @@ def _fit(bench: Bench, about: Mapping[str, str]) -> tuple[Callable[[str, Feature
     """A candidate fitted, as a function of a place and its features; and its multiply-adds, NaN of rivals."""
     if about["kind"] == "variant":
         variant = VARIANTS[about["name"]]
-        return bench.fit_variant(variant), bench.cost(variant)
+        return bench.fit_variant(variant)[0], bench.cost(variant)
     return fit_rival(bench, RIVALS[about["name"]], about["setting"], about["features"])[0], np.nan
 
 
@@ -241,6 +254,23 @@ def fit_rival(
     """A rival with these settings fitted on one of `KINDS`, as a function of a place and its features."""
     detector = build(rival, label, bench.channels).fit(bench.inputs.of(bench.fitted, kind))
     return (lambda _, features: detector.all_scores(bench.inputs.of(features, kind))[rival.score]), detector
+
+
+def training_seconds(bench: Bench, rival: Rival, label: str, kind: str) -> float:
+    """What a rival's training takes on this machine, from one epoch of `TIMED` of its vectors.
+
+    0 of those that train no network that the cache keeps: `fit_rival` is the whole of their fit.
+    """
+    detector = build(rival, label, bench.channels)
+    if not isinstance(detector, Reconstructing):
+        return 0.0
+    x = bench.inputs.of(bench.fitted, kind)
+    network = detector.fit(x).network_.train().requires_grad_(True)
+    names = ("lr", "weight_decay", "batch_size", "seed")
+    options = {name: getattr(detector, name) for name in names}
+    began = time.perf_counter()
+    train_network(network, x[:TIMED], epochs=1, **options, device=next(network.parameters()).device)
+    return detector.epochs * len(x) / min(TIMED, len(x)) * (time.perf_counter() - began)
 
 
 def build(rival: Rival, label: str, channels: tuple[int, ...]) -> Detector:

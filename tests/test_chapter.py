@@ -15,6 +15,7 @@ from dlsr import chapter as module
 from dlsr.baselines import KNN, Mahalanobis
 from dlsr.chapter import (
     CONTROL_TITLES,
+    PAPERS,
     TABLES,
     entries,
     fit_entry,
@@ -191,6 +192,23 @@ def test_without_the_network_a_fusion_is_of_z0(bench):
     by_hand = np.mean([(values - values.mean()) / values.std() for values in known], axis=0)
     found = score("place", bench.calibration)
     np.testing.assert_allclose(found, by_hand, atol=1e-3)
+
+
+def test_a_scores_size_is_its_denoisers_and_what_it_has_fitted(bench):
+    z0 = bench.fitted.z0()
+    network = sum(tensor.nbytes for tensor in bench.network("base").network.state_dict().values())
+    neighbours = KNN(k=50).fit(z0).neighbours_._fit_X.nbytes
+    sizes = {name: fit_entry(bench, entry(name, score=FUSION))[1] for name in ("recommended", "removed")}
+    paper = fit_entry(bench, entry("mse"))[1]
+    assert paper == network
+    assert sizes["recommended"] > network + neighbours > sizes["removed"] > neighbours
+
+
+def test_the_fit_of_a_score_holds_the_training_of_its_network(bench, monkeypatch):
+    monkeypatch.setattr(bench, "training_seconds", {"base": 7.0}.__getitem__)
+    found = {one.name: module._training_seconds(bench, one) for one in listed(score=FUSION)}
+    assert {name for name, seconds in found.items() if seconds == 7} == {*PAPERS, "recommended"}
+    assert set(found.values()) == {0, 7}
 
 
 @pytest.mark.parametrize("name", ["linear", "untrained"])
@@ -585,4 +603,4 @@ def test_every_choice_that_the_search_can_end_in_can_be_reported(bench, data):
             score, size = fit_entry(bench, entry(one, score=name))
             values = score(f"{name} {one}", bench.calibration)
             assert np.isfinite(values).all()
-            assert size > 0
+            assert size > 0 or one == "removed"  # of which nothing may be left

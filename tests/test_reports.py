@@ -163,7 +163,7 @@ def test_the_verdict_of_an_item_without_experiments_says_why():
 # Single items
 
 ROW = {"id": "cifar10/test", "ood": AVERAGE, "metric": "auroc", "seed": "mean", "versus": "",
-       "encoder": "b4", "stages": "", "value": 50.0, **OURS[-1].variant("all")}  # fmt: skip
+       "encoder": "b4", "pooling": "gap", "stages": "", "value": 50.0, **OURS[-1].variant("all")}  # fmt: skip
 
 
 def table_of(*changes):
@@ -337,6 +337,19 @@ def test_reconstructions_of_the_papers_encoder(monkeypatch):
     assert set(table["mse"]) == {90}
 
 
+def test_poolings_are_told_apart(monkeypatch):
+    """Each has its own line, and what is said of the headline is of the paper's pooling alone."""
+    b4, grid = {"encoder": module.B4_PACK}, {"pooling": "grid14", "value": 70.0}
+    other_way = {"reconstruction": "one_step", "value": 1.0}
+    committed(monkeypatch, item_08=table_of(
+        b4 | {"value": 80.0}, b4 | grid, b4 | grid | other_way, b4 | other_way | {"value": 81.0}
+    ))  # fmt: skip
+    table = module.poolings().set_index("pooling")["mfsim"]
+    assert table.to_dict() == {"gap": 80, "grid14": 70}
+    ways = module.reconstructions().set_index("reconstruction")["mfsim"]
+    assert ways.to_dict() == {"released": 80, "one_step": 81}
+
+
 def test_two_printed_averages_are_not_those_of_their_cells():
     assert module.paper_sums().to_dict("records") == [
         {"table": "5", "line": "CIFAR100 ours(+MFsim)", "column": "average", "printed": "14.78",
@@ -385,7 +398,7 @@ def test_coverage_of_what_was_never_run(nothing_run):
     assert set(table["measured"]) == {0}
     assert set(table["date"]) == {""}
     cells = {
-        NEAR: 2 * 3 * 2,  # two encoders, three scores, two metrics; averages left out
+        NEAR: 3 * 3 * 2,  # two encoders and another pooling, three scores, two metrics; averages left out
         RIVALS: 2 * 6 * (3 + 6) * 2 + 2 * 3 * 2,  # two ID sets, six OOD sets, six rivals; scenes
         FACES: 4 * (3 + 1),  # AUROC alone
         "06_resnet50": 2 * 6 * 3 * 2,  # unmeasured items have their cells too

@@ -1,6 +1,7 @@
 import json
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ from dlsr.datasets import UserError
 from dlsr.features import layer_zscore
 from dlsr.metrics import auroc
 from dlsr.results import results_folder
+from dlsr.rivals import RIVALS
 from dlsr.search import (
     BUDGET,
     KINDS,
@@ -135,9 +137,9 @@ def test_other_denoisers_stand_in_a_networks_place(bench):
 def test_a_fitted_score_does_not_change_when_another_is_fitted(bench):
     """The variants share their parts, and the same one is fitted by several networks."""
     variant, images = VARIANTS["residual Gaussian + kNN"], bench.calibration
-    own = bench.fit_variant(variant)
+    own, _ = bench.fit_variant(variant)
     before = own("one", images)
-    alone = bench.fit_variant(variant, "untrained/base")("one", images)
+    alone = bench.fit_variant(variant, "untrained/base")[0]("one", images)
     assert not np.array_equal(before, alone)
     np.testing.assert_array_equal(own("other", images), before)
 
@@ -149,6 +151,39 @@ def test_a_variants_cost_is_by_the_studys_network(bench):
     fusion = VARIANTS["residual Gaussian + kNN"]
     assert bench.cost(fusion) == parameters + c**2 + len(bench.fitted) * c
     assert bench.cost(replace(fusion, network="small")) < bench.cost(fusion)
+
+
+def test_a_networks_training_is_timed_by_an_epoch_of_a_few_vectors(bench, monkeypatch):
+    asked = []
+
+    def timed(vectors, settings, **options):
+        asked.append((len(vectors), settings.epochs, options))
+        return SimpleNamespace(vectors_per_second=10.0)
+
+    monkeypatch.setattr(module, "train", timed)
+    monkeypatch.setattr(module, "TIMED", 50)
+    expected = SMALL_STUDY.training.epochs * len(bench.fitted) / 10
+    assert bench.training_seconds("base") == bench.training_seconds("base") == expected
+    assert asked == [(50, 1, {"progress": False})]
+
+
+def test_an_autoencoders_training_is_timed_though_the_cache_holds_it(bench, monkeypatch):
+    lengths, train = [], module.train_network
+
+    def timed(network, x, **options):
+        lengths.append((len(x), options["epochs"]))
+        train(network, x, **options)
+
+    monkeypatch.setattr(module, "train_network", timed)
+    monkeypatch.setattr(module, "TIMED", 50)
+    rival, label = RIVALS["vae"], "epochs=10"
+    before = module.fit_rival(bench, rival, label, "raw")[1]
+    assert module.training_seconds(bench, rival, label, "raw") > 0
+    assert lengths == [(50, 1)]
+    after = module.fit_rival(bench, rival, label, "raw")[1]
+    x = bench.inputs.of(bench.calibration, "raw")
+    np.testing.assert_array_equal(after.ood_score(x), before.ood_score(x))  # the cached one is as it was
+    assert module.training_seconds(bench, RIVALS["mahalanobis"], "default", "z0") == 0
 
 
 def test_the_budget_is_the_papers_own_cost():
@@ -186,7 +221,7 @@ def test_the_searchs_values_are_aurocs_of_held_out_id_and_development(small_chap
     held_out = data.of_id(SMALL_STUDY.id_train).take(data.split.development)
     table = read_table(file()).set_index(["features", "name", "setting", "ood"])["auroc"]
     knn = SMALL_RIVALS["knn"].candidates[1][1](MADE_CHANNELS, 0).fit(bench.inputs.of(bench.fitted, "raw"))
-    small = bench.fit_variant(VARIANTS["residual Gaussian + kNN, small LFDN"])
+    small, _ = bench.fit_variant(VARIANTS["residual Gaussian + kNN, small LFDN"])
     for ood in SMALL_STUDY.of(DEVELOPMENT):
         on_ood = data.of_ood(ood, "matched")
         pair = (knn.ood_score(bench.inputs.of(one, "raw")) for one in (held_out, on_ood))
