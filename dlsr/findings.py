@@ -435,15 +435,20 @@ def _of_controls(paired: pd.DataFrame) -> str:
     controls = paired[paired["kind"] == "control"]
     behind = controls[(controls["ood"] == "all") & (controls["ci_low"] <= 0)]
     lost = controls[controls["ood"].isin(["near", "far"]) & (controls["ci_high"] < 0)]
-    but = [
-        f"on {r['ood']}-OOD alone itself {r['title']} is ahead ({ahead(r)})" for r in lost.to_dict("records")
-    ]
     text = (
         "ahead of all three on the mean of all sets: diffusion helps here."
         if behind.empty
-        else f"not surely ahead of itself {_and(behind['title'])}, so that diffusion cannot be said to help."
+        else f"not ahead of itself {_and(behind.apply(_by_how_much, axis=1))} on the mean of all sets, so "
+        "that diffusion cannot be said to help."
     )
-    return f"{text} But {_and(but)}." if but else text
+    if lost.empty:
+        return text
+    alone = [f"{_by_how_much(r)} on {r['ood']}-OOD alone" for r in lost.to_dict("records")]
+    return f"{text} {'But it' if behind.empty else 'It'} is behind itself {_and(alone)}."
+
+
+def _by_how_much(row: Mapping) -> str:
+    return f"{row['title']} ({ahead(row)})"
 
 
 def _and(names: Sequence[str]) -> str:

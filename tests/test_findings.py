@@ -221,11 +221,11 @@ def test_diffusion_helps_only_where_all_controls_are_beaten(tables, low, helps):
     assert ("diffusion helps here" in text) == helps
     assert ("itself with the linear denoiser" in text) != helps
     assert text.count("is reached") == len(STUDY_SET)
-    assert "is ahead (" not in text
+    assert "is behind itself" not in text
     near = (paired["name"] == "removed") & (paired["ood"] == "near")
     paired.loc[near, ["difference", "ci_low", "ci_high"]] = (-0.6, -0.7, -0.5)
-    but = "But on near-OOD alone itself without the LFDN is ahead (-0.60 [-0.70, -0.50])"
-    assert findings.verdict(paired, CHOICE).count(but) == len(STUDY_SET)
+    but = "t is behind itself without the LFDN (-0.60 [-0.70, -0.50]) on near-OOD alone."
+    assert findings.verdict(paired, CHOICE).count(("But i" if helps else " I") + but) == len(STUDY_SET)
     table = findings.control_table(paired)
     assert len(table) == 3 * len(STUDY_SET)
 
