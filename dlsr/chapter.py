@@ -60,6 +60,10 @@ CONTROL_TITLES = {
     "linear": "with the linear denoiser",
     "untrained": "with an untrained LFDN",
 }
+RESEEDED = "reseeded"
+INSTEAD = {  # what stands in the network's place, as `Bench.denoiser` names it
+    "removed": "untrained/", "linear": "linear/", "untrained": "untrained/", RESEEDED: "reseeded/"
+}  # fmt: skip
 NORMAL_975 = 1.959964  # the normal's 97.5 % quantile
 HALF_CALIBRATION = 10  # one in so many of the control's training images calibrates
 
@@ -71,7 +75,7 @@ class Entry:
     features: str
     name: str
     title: str
-    kind: str  # rival, paper, recommended, control or layer
+    kind: str  # rival, paper, recommended, control, seed or layer
     setting: str = ""
 
     @property
@@ -89,13 +93,16 @@ def entries(choice: Mapping, channels: tuple[int, ...], part: str = "") -> list[
     papers = [Entry("z0", score, title, "paper") for score, title in PAPERS.items()]
     own = [Entry("z0", RECOMMENDED, "recommended", "recommended", choice["score"])]
     own += [Entry("z0", name, title, "control", choice["score"]) for name, title in CONTROL_TITLES.items()]
+    own.append(Entry("z0", RESEEDED, "trained from another seed", "seed", choice["score"]))
     layers = [
         Entry("z0", f"{name}-layer{m + 1}", f"{title}, layer {m + 1}", "layer", str(m))
         for name, title in (("mse", "MSE"), ("mahalanobis", "Mahalanobis"))
         for m in range(len(channels))
     ]
     if part == "half":
-        return [e for e in (*papers, *own, *rivals) if e.features == "z0" and e.kind != "control"]
+        return [
+            e for e in (*papers, *own, *rivals) if e.features == "z0" and e.kind not in ("control", "seed")
+        ]
     return [*papers, *own, *rivals, *layers]
 
 
@@ -107,11 +114,9 @@ def fit_entry(bench: Bench, entry: Entry) -> tuple[Callable[[str, Features], np.
     if entry.kind == "layer":
         return _fit_layer(bench, entry), 0
     variant = _variant(entry)
-    network = variant.network
+    network = INSTEAD.get(entry.name, "") + variant.network
     if entry.name == "removed":
         variant = replace(variant, score=without_network(variant.score) or variant.score)
-    if entry.kind == "control":
-        network = f"{'linear' if entry.name == 'linear' else 'untrained'}/{network}"
     found, score = bench.fit_variant(variant, network)
     denoiser = {} if entry.name == "removed" else bench.denoiser(network).state_dict()
     return found, _kept(score) + sum(tensor.nbytes for tensor in denoiser.values())
@@ -417,7 +422,7 @@ def costs(scores: Scores) -> pd.DataFrame:
         {"encoder": scores.study.encoder, **_named(entry)}
         | {name: scores.about[entry.file][name] for name in about}
         for entry in scores.entries
-        if entry.kind != "layer"
+        if entry.kind not in ("layer", "seed")
     )
 
 

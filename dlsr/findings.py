@@ -73,13 +73,14 @@ def of_all(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def best_of(auroc: pd.DataFrame) -> str:
-    """A figure's title: the best baseline beside MFsim and the recommended score."""
+    """A figure's title: the best baseline beside MFsim and the recommended score; no line begins with %."""
     means = of_all(auroc)
     best = means[means["kind"] == "rival"].iloc[0]
     value = means.set_index("name")["value"]
     return (
-        f"On the same features: {best['title']} {best['value']:.1f} %, MFsim {value['mfsim']:.1f} %, "
-        f"recommended {value['recommended']:.1f} %"
+        f"On the same features: {best['title']} {best['value']:.1f}\N{NO-BREAK SPACE}%, "
+        f"MFsim {value['mfsim']:.1f}\N{NO-BREAK SPACE}%, "
+        f"recommended {value['recommended']:.1f}\N{NO-BREAK SPACE}%"
     )
 
 
@@ -251,6 +252,24 @@ def layers_title(layers: pd.DataFrame) -> str:
 
 
 # Intervals
+
+
+def other_seed(paired: pd.DataFrame, choice: Mapping) -> str:
+    """What the recommended score is with a network trained from another seed, on the mean of all sets."""
+    bullets = []
+    for encoder, part in paired[paired["ood"] == "all"].groupby("encoder", sort=False):
+        (own,) = part[part["kind"] == "seed"].to_dict("records")
+        rival = (part["features"] == choice["rival"]["features"]) & (part["name"] == choice["rival"]["name"])
+        leads = [
+            f"{'itself ' if r['kind'] == 'control' else ''}{r['title']} by "
+            f"{r['difference'] - own['difference']:+.2f} ({r['difference']:+.2f})"
+            for r in pd.concat([part[rival], part[part["kind"] == "control"]]).to_dict("records")
+        ]
+        bullets.append(
+            f"`{encoder}`: with the first network it is ahead by {ahead(own)} points. With the second one "
+            f"(in brackets: with the first) it is ahead of {'; of '.join(leads)}."
+        )
+    return "\n".join(f"- {bullet}" for bullet in bullets)
 
 
 def seeds_and_images() -> str:

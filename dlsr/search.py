@@ -85,10 +85,13 @@ class Bench:
     def network(self, name: str) -> Trained:
         """A trained LFDN; one that was trained before is only read."""
         if name not in self._networks:
-            vectors, settings = self.vectors(self.fitted, name), self.training(name)
-            file = checkpoint_file(vectors, settings)
-            self._networks[name] = train(vectors, settings, checkpoint=file, progress=self.progress)
+            self._networks[name] = self._train(name, self.training(name))
         return self._networks[name]
+
+    def _train(self, name: str, settings: TrainingSettings) -> Trained:
+        vectors = self.vectors(self.fitted, name)
+        file = checkpoint_file(vectors, settings)
+        return train(vectors, settings, checkpoint=file, progress=self.progress)
 
     def training_seconds(self, name: str) -> float:
         """What a network's training takes on this machine, from one epoch of `TIMED` of its vectors."""
@@ -101,7 +104,7 @@ class Bench:
     def bank(self, place: str, features: Features, network: str) -> Bank:
         """The residuals of a place's images under a network.
 
-        ``linear/NAME`` and ``untrained/NAME`` are under what stands in that network's place.
+        ``linear/NAME`` and the like are under what stands in that network's place; see `denoiser`.
         """
         if (place, network) not in self._banks:
             instead, _, name = network.rpartition("/")
@@ -114,18 +117,23 @@ class Bench:
         return self._banks[place, network]
 
     def denoiser(self, network: str) -> nn.Module:
-        """A trained LFDN; of ``linear/NAME`` or ``untrained/NAME`` what stands in its place."""
+        """A trained LFDN; or what stands in its place.
+
+        Of ``linear/NAME`` the closed form, of ``untrained/NAME`` the network before its training, of
+        ``reseeded/NAME`` one that is trained from another seed.
+        """
         instead, _, name = network.rpartition("/")
         if not instead:
             return self.network(name).network
         if network not in self._stands_in:
             own = self.training(name)
             size = {"width": own.width, "blocks": own.blocks, "seed": own.seed}
-            self._stands_in[network] = (
-                LinearDenoiser.fit(self.vectors(self.fitted, name))
-                if instead == "linear"
-                else untrained(sum(self.channels), **size)
-            )
+            make = {
+                "linear": lambda: LinearDenoiser.fit(self.vectors(self.fitted, name)),
+                "untrained": lambda: untrained(sum(self.channels), **size),
+                "reseeded": lambda: self._train(name, replace(own, seed=own.seed + 1)).network,
+            }
+            self._stands_in[network] = make[instead]()
         return self._stands_in[network]
 
     def fit_variant(

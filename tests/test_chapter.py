@@ -32,10 +32,11 @@ from dlsr.datasets import UserError
 from dlsr.diffusion import noise_schedule
 from dlsr.metrics import METRICS, auroc
 from dlsr.search import bench_of, chapter_folder, choice_file, read_choice, read_table, search_file, tried
-from dlsr.variants import VARIANTS
+from dlsr.training import train
+from dlsr.variants import VARIANTS, noise_free
 
 REPORTED = [ood.name for ood in SMALL_STUDY.of(REPORT)]
-DETECTORS = 3 + 4 + 2 * len(SMALL_RIVALS) + 2 * len(MADE_CHANNELS)
+DETECTORS = 3 + 5 + 2 * len(SMALL_RIVALS) + 2 * len(MADE_CHANNELS)
 HALF = 3 + 1 + len(SMALL_RIVALS)  # which the control at half size has: on z0, no controls, no layers
 FILES = DETECTORS + HALF
 
@@ -150,7 +151,8 @@ def test_means_are_of_report_sets_and_the_search_of_development_sets(small_chapt
 def test_entries_are_the_papers_the_recommended_its_controls_rivals_and_layers(small_chapter):
     found = listed()
     kinds = [one.kind for one in found]
-    assert kinds == ["paper"] * 3 + ["recommended"] + ["control"] * 3 + ["rival"] * 6 + ["layer"] * 6
+    own = ["recommended"] + ["control"] * 3 + ["seed"]
+    assert kinds == ["paper"] * 3 + own + ["rival"] * 6 + ["layer"] * 6
     assert len({one.file for one in found}) == len(found) == DETECTORS
     choice = read_choice("demo")
     for one in found:
@@ -224,6 +226,17 @@ def test_other_denoisers_take_the_networks_place(name, bench):
         z0, test = (x - (mean + (x - mean) @ shrink.T) for x in (z0, test))
     by_hand = Mahalanobis().fit(z0).ood_score(test)
     np.testing.assert_allclose(found, by_hand, rtol=1e-3)
+
+
+def test_another_seeds_network_takes_the_networks_place(bench):
+    settings = replace(SMALL_STUDY.training, seed=SMALL_STUDY.training.seed + 1)
+    network = train(bench.fitted.z0(), settings, progress=False).network
+    residuals = [one.z0() - noise_free(network, one.z0(), t=10) for one in (bench.fitted, bench.calibration)]
+    score, _ = fit_entry(bench, entry("reseeded", score=GAUSSIAN))
+    by_hand = Mahalanobis().fit(residuals[0]).ood_score(residuals[1])
+    np.testing.assert_allclose(score("place", bench.calibration), by_hand, rtol=1e-4)
+    own, _ = fit_entry(bench, entry("recommended", score=GAUSSIAN))
+    assert not np.allclose(own("place", bench.calibration), by_hand)
 
 
 def test_layers_alone(bench):
@@ -477,7 +490,7 @@ def test_controls_tell_altered_images_from_the_same_ones(scores):
 
 def test_costs_are_of_all_but_the_layers(small_chapter):
     costs = table("costs")
-    assert len(costs) == len([one for one in listed() if one.kind != "layer"])
+    assert len(costs) == len([one for one in listed() if one.kind not in ("layer", "seed")])
     assert (costs["n_fit"] == 140).all()
     assert (costs[["fit_seconds", "bytes"]] >= 0).all(axis=None)
     assert (costs["score_microseconds"] > 0).all()
@@ -547,7 +560,7 @@ def test_another_choice_is_out_of_date(small_chapter, fitted):
     choice_file("demo").write_text(json.dumps(choice | {"score": other}))
     assert state("demo") == "out of date: scores"
     again()
-    names = ["recommended", *CONTROL_TITLES]
+    names = ["recommended", *CONTROL_TITLES, "reseeded"]
     assert fitted == [f"z0-{name}.parquet" for name in (*names, "recommended")]
     assert state("demo") == "up to date"
 

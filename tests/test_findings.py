@@ -118,8 +118,8 @@ def test_the_main_titles_numbers_are_the_tables(on_z0):
     auroc = on_z0[on_z0["metric"] == "auroc"]
     value = auroc[auroc["ood"] == "all"].set_index("name")["value"]
     title = findings.best_of(auroc)
-    assert f"Mahalanobis {value['mahalanobis']:.1f} %" in title  # the first of the baselines
-    assert f"MFsim {value['mfsim']:.1f} %" in title
+    assert f"Mahalanobis {value['mahalanobis']:.1f}\xa0%" in title  # the first of the baselines
+    assert f"MFsim {value['mfsim']:.1f}\xa0%" in title
     text = findings.ranking(auroc)
     assert f"MSE, {value['mse']:.1f} [{value['mse'] - 0.5:.1f}, {value['mse'] + 0.5:.1f}] %" in text
     assert f"Of {len(RIVALS)} baselines without a diffusion network, 0 have a higher mean." in text
@@ -175,7 +175,7 @@ def test_the_controls_of_resolution(tables):
 def test_paired_differences_are_counted(tables):
     paired = tables["paired"]
     everywhere = paired[(paired["view"] == "matched") & (paired["ood"] == "all")]
-    everywhere = everywhere[everywhere["kind"] != "control"]
+    everywhere = everywhere[~everywhere["kind"].isin(["control", "seed"])]
     rivals = 2 * len(RIVALS)
     assert f"ahead of {rivals}, behind 0 of {rivals}" in findings.paired_title(everywhere)
     said = findings.said_of_pairs(everywhere)
@@ -192,6 +192,18 @@ def test_seeds_are_set_beside_images(monkeypatch):
     text = findings.seeds_and_images()
     apart, width = (float(x) for x in re.findall(r"(\d+\.\d\d) points", text))
     assert 0 < apart < width
+
+
+def test_another_seed_is_told_by_the_differences_of_differences(tables):
+    paired = tables["paired"]
+    paired = paired[paired["view"] == "matched"].copy()
+    of_all = paired["ood"] == "all"
+    paired.loc[of_all & (paired["kind"] == "seed"), "difference"] = 0.25
+    rival = (paired["name"] == CHOICE["rival"]["name"]) & (paired["features"] == CHOICE["rival"]["features"])
+    paired.loc[of_all & rival, "difference"] = 7.5
+    text = findings.other_seed(paired, CHOICE)
+    assert text.count("ahead by +0.25 [") == len(STUDY_SET)
+    assert text.count("it is ahead of kNN by +7.25 (+7.50); of itself ") == len(STUDY_SET)
 
 
 def test_ranks(on_z0):
@@ -242,7 +254,7 @@ def test_the_aim_needs_near_and_far(tables, group, reached):
 def test_recommendations_and_advice(tables):
     cells = tables["same_features"]
     reported = cells[(cells["view"] == "matched") & (cells["metric"] == "auroc")]
-    reported = reported[~reported["kind"].isin(["layer", "control"])]
+    reported = reported[~reported["kind"].isin(["layer", "control", "seed"])]
     table = findings.recommendations(reported, tables["costs"])
     assert len(table) == len(STUDY_SET) * len(MEANS)
     assert set(table["method"]) == {"MSE"}
