@@ -379,6 +379,28 @@ def _paired(scores: Scores, view: str, on_id, ood, points, draws, places) -> pd.
     return table
 
 
+def other_seed(scores: Scores) -> pd.DataFrame:
+    """The recommended score by either seed's network less each other detector; intervals by DeLong.
+
+    Of the mean over all report sets, at matched resolution; ``of`` names whose difference it is.
+    """
+    on_id = scores.of("id@native")
+    means, covariance = delong_of_mean(
+        {one.name: (on_id, scores.of(f"{one.name}@matched")) for one in scores.study.of(REPORT)}
+    )
+    rows = []
+    for own, of in enumerate(scores.entries):
+        for i, entry in enumerate(scores.entries):
+            if of.kind not in (RECOMMENDED, "seed") or i == own or entry.kind == "layer":
+                continue
+            variance = covariance[own, own] + covariance[i, i] - 2 * covariance[own, i]
+            difference, reach = means[own] - means[i], NORMAL_975 * np.sqrt(variance)
+            row = {"encoder": scores.study.encoder, "of": of.name, **_named(entry)}
+            ends = {"ci_low": 100 * (difference - reach), "ci_high": 100 * (difference + reach)}
+            rows.append(row | {"difference": 100 * difference} | ends)
+    return pd.DataFrame(rows)
+
+
 def filters(scores: Scores) -> pd.DataFrame:
     """AUROC after each filter of the way to the ID set's size, of the same pick of images, and unmatched."""
     rows, on_id = [], scores.of("id@native")
@@ -426,10 +448,19 @@ def costs(scores: Scores) -> pd.DataFrame:
     )
 
 
-TABLES = ("same_features", "paired", "filters", "controls", "costs")
+TABLES = ("same_features", "paired", "other_seed", "filters", "controls", "costs")
 TABLES_CODE = tuple(
     f"chapter.{name}"
-    for name in ("no_overlap", "same_features", "_paired", "filters", "controls", "_aurocs", "costs")
+    for name in (
+        "no_overlap",
+        "same_features",
+        "_paired",
+        "other_seed",
+        "filters",
+        "controls",
+        "_aurocs",
+        "costs",
+    )
 )
 
 
@@ -441,6 +472,7 @@ def write_tables(profile: str) -> None:
         both = [same_features(scores, view) for view in VIEWS[:2]]
         found["same_features"] += [cells for cells, _ in both]
         found["paired"] += [differences for _, differences in both]
+        found["other_seed"].append(other_seed(scores))
         found["filters"].append(filters(scores))
         found["controls"].append(controls(scores, read_scores(study, profile, "half")))
         found["costs"].append(costs(scores))
@@ -493,7 +525,7 @@ READS = {  # the tables that a page shows
     "40_same_features": ("same_features", "costs"),
     "41_resolution": ("filters", "controls"),
     "42_intervals": ("paired",),
-    "43_search": ("search",),
+    "43_search": ("search", "other_seed"),
     "44_what_to_use": ("costs",),
 }
 

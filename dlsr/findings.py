@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from dlsr.benchmarks import results, settings
+from dlsr.chapter import RECOMMENDED, RESEEDED
 from dlsr.comparison import DEVELOPMENT, REPORT, STUDIES, OODSet, superclasses
 from dlsr.datasets import DATASETS
 from dlsr.experiments import METHOD
@@ -254,24 +255,6 @@ def layers_title(layers: pd.DataFrame) -> str:
 # Intervals
 
 
-def other_seed(paired: pd.DataFrame, choice: Mapping) -> str:
-    """What the recommended score is with a network trained from another seed, on the mean of all sets."""
-    bullets = []
-    for encoder, part in paired[paired["ood"] == "all"].groupby("encoder", sort=False):
-        (own,) = part[part["kind"] == "seed"].to_dict("records")
-        rival = (part["features"] == choice["rival"]["features"]) & (part["name"] == choice["rival"]["name"])
-        leads = [
-            f"{'itself ' if r['kind'] == 'control' else ''}{r['title']} by "
-            f"{r['difference'] - own['difference']:+.2f} ({r['difference']:+.2f})"
-            for r in pd.concat([part[rival], part[part["kind"] == "control"]]).to_dict("records")
-        ]
-        bullets.append(
-            f"`{encoder}`: with the first network it is ahead by {ahead(own)} points. With the second one "
-            f"(in brackets: with the first) it is ahead of {'; of '.join(leads)}."
-        )
-    return "\n".join(f"- {bullet}" for bullet in bullets)
-
-
 def seeds_and_images() -> str:
     """How far two seeds lie apart, and how wide the interval over images is, in the paper's tables."""
     items = ("01_generative", "02_celeba", "03_rivals", "08_near_ood")
@@ -464,6 +447,37 @@ def _of_controls(paired: pd.DataFrame) -> str:
         return text
     alone = [f"{_by_how_much(r)} on {r['ood']}-OOD alone" for r in lost.to_dict("records")]
     return f"{text} {'But it' if behind.empty else 'It'} is behind itself {_and(alone)}."
+
+
+def other_seed(table: pd.DataFrame, choice: Mapping) -> pd.DataFrame:
+    """The recommended score by either seed's network less the rival and its controls, mean of all sets."""
+    own = _rival_and_controls(table, choice)
+    own = own.assign(cell=list(map(ahead, own.to_dict("records"))))
+    wide = own.pivot(index=["encoder", "title"], columns="of", values="cell")[[RECOMMENDED, RESEEDED]]
+    names = {"title": "less", RECOMMENDED: "first network", RESEEDED: "second network"}
+    return wide.reset_index().rename(columns=names).rename_axis(columns=None)
+
+
+def said_of_other_seed(table: pd.DataFrame, choice: Mapping) -> str:
+    """How far the two networks lie apart, and where either is ahead."""
+    bullets = []
+    for encoder, part in table.groupby("encoder", sort=False):
+        (change,) = part[part["kind"] == RECOMMENDED].to_dict("records")
+        leads = _rival_and_controls(part, choice).assign(above=lambda rows: rows["ci_low"] > 0)
+        above = leads.groupby("of")["above"].agg(["sum", "size"])
+        bullets.append(
+            f"`{encoder}`: with the second network the score is {ahead(change)} points away from the "
+            f"first's. The interval is above zero against {above.loc[RECOMMENDED, 'sum']} of "
+            f"{above.loc[RECOMMENDED, 'size']} with the first network and against "
+            f"{above.loc[RESEEDED, 'sum']} with the second."
+        )
+    return "\n".join(f"- {bullet}" for bullet in bullets)
+
+
+def _rival_and_controls(table: pd.DataFrame, choice: Mapping) -> pd.DataFrame:
+    rival = choice["rival"]
+    own = (table["features"] == rival["features"]) & (table["name"] == rival["name"])
+    return table[own | (table["kind"] == "control")]
 
 
 def _by_how_much(row: Mapping) -> str:

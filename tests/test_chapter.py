@@ -488,6 +488,26 @@ def test_controls_tell_altered_images_from_the_same_ones(scores):
         assert row.n_ood == SMALL_STUDY.n_control
 
 
+def test_the_other_seed_is_compared_as_the_first_is(small_chapter):
+    """By DeLong: the differences are those of the bootstrap's table, the intervals near its own."""
+    found, paired = table("other_seed"), table("paired")
+    paired = paired[(paired["view"] == "matched") & (paired["ood"] == "all")]
+    key = ["features", "name"]
+    first = found[found["of"] == "recommended"].set_index(key)
+    by_bootstrap = paired.set_index(key).loc[first.index]
+    np.testing.assert_allclose(first["difference"], by_bootstrap["difference"], atol=1e-3)
+    width = first["ci_high"] - first["ci_low"]
+    np.testing.assert_allclose(width, by_bootstrap["ci_high"] - by_bootstrap["ci_low"], rtol=0.3, atol=0.2)
+    second = found[found["of"] == "reseeded"].set_index(key)
+    assert set(second.index) == set(first.index) - {("z0", "reseeded")} | {("z0", "recommended")}
+    changed = second.loc[("z0", "recommended"), "difference"]
+    assert changed == pytest.approx(-first.loc[("z0", "reseeded"), "difference"])
+    both = second.index.intersection(first.index)
+    np.testing.assert_allclose(
+        second.loc[both, "difference"], first.loc[both, "difference"] + changed, atol=1e-3
+    )
+
+
 def test_costs_are_of_all_but_the_layers(small_chapter):
     costs = table("costs")
     assert len(costs) == len([one for one in listed() if one.kind not in ("layer", "seed")])

@@ -194,16 +194,25 @@ def test_seeds_are_set_beside_images(monkeypatch):
     assert 0 < apart < width
 
 
-def test_another_seed_is_told_by_the_differences_of_differences(tables):
+def test_another_seed_is_told_beside_the_first(tables):
     paired = tables["paired"]
-    paired = paired[paired["view"] == "matched"].copy()
-    of_all = paired["ood"] == "all"
-    paired.loc[of_all & (paired["kind"] == "seed"), "difference"] = 0.25
-    rival = (paired["name"] == CHOICE["rival"]["name"]) & (paired["features"] == CHOICE["rival"]["features"])
-    paired.loc[of_all & rival, "difference"] = 7.5
-    text = findings.other_seed(paired, CHOICE)
-    assert text.count("ahead by +0.25 [") == len(STUDY_SET)
-    assert text.count("it is ahead of kNN by +7.25 (+7.50); of itself ") == len(STUDY_SET)
+    rows = paired[(paired["view"] == "matched") & (paired["ood"] == "all")]
+    less = {name: rows[name] - 0.25 for name in ("difference", "ci_low", "ci_high")}
+    itself = rows[rows["kind"] == "seed"].assign(name="recommended", kind="recommended", difference=-0.25)
+    second = pd.concat([rows.assign(**less), itself]).assign(of="reseeded")
+    both = pd.concat([rows.assign(of="recommended"), second])
+    found = findings.other_seed(both, CHOICE)
+    assert len(found) == 4 * len(STUDY_SET)  # the rival and three controls
+    rival = rows[(rows["name"] == "knn") & (rows["features"] == "z0")].iloc[0]
+    by_second = findings.ahead({name: rival[name] - 0.25 for name in less})
+    shown = found[found["less"] == "kNN"][["first network", "second network"]]
+    assert shown.to_numpy().tolist() == [[findings.ahead(rival), by_second]] * len(STUDY_SET)
+    text = findings.said_of_other_seed(both, CHOICE)
+    assert text.count("the score is -0.25 [") == len(STUDY_SET)
+    controls = rows[rows["kind"].eq("control") & rows["encoder"].eq(STUDY_SET[0].encoder)]
+    first, other = (1 + (controls["ci_low"] > by).sum() for by in (0, 0.25))
+    said = f"against {first} of 4 with the first network and against {other} with the second"
+    assert text.count(said) == len(STUDY_SET)
 
 
 def test_ranks(on_z0):
