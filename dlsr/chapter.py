@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,11 @@ from dlsr.search import (
     fit_rival,
     read_choice,
     read_table,
+    rival_training_seconds,
     search,
     search_file,
     search_sha256,
     stamp_of,
-    training_seconds,
     tried,
 )
 from dlsr.significance import delong, delong_of_mean, holm, paired_bootstrap, paired_p
@@ -61,6 +62,7 @@ CONTROL_TITLES = {
     "untrained": "with an untrained LFDN",
 }
 RESEEDED = "reseeded"
+COMPARED = ("rival", "paper", RECOMMENDED)  # kinds of entries that are ranked; the others explain them
 INSTEAD = {  # what stands in the network's place, as `Bench.denoiser` names it
     "removed": "untrained/", "linear": "linear/", "untrained": "untrained/", RESEEDED: "reseeded/"
 }  # fmt: skip
@@ -100,9 +102,7 @@ def entries(choice: Mapping, channels: tuple[int, ...], part: str = "") -> list[
         for m in range(len(channels))
     ]
     if part == "half":
-        return [
-            e for e in (*papers, *own, *rivals) if e.features == "z0" and e.kind not in ("control", "seed")
-        ]
+        return [e for e in (*papers, *own, *rivals) if e.features == "z0" and e.kind in COMPARED]
     return [*papers, *own, *rivals, *layers]
 
 
@@ -209,7 +209,7 @@ def _score_all(
 def _training_seconds(bench: Bench, entry: Entry) -> float:
     """Of a network that the cache may hold, and that is trained when this returns; 0 without one."""
     if entry.kind == "rival":
-        return training_seconds(bench, RIVALS[entry.name], entry.setting, entry.features)
+        return rival_training_seconds(bench, RIVALS[entry.name], entry.setting, entry.features)
     if entry.kind not in ("paper", RECOMMENDED):
         return 0.0
     name = _variant(entry).network
@@ -388,16 +388,17 @@ def other_seed(scores: Scores) -> pd.DataFrame:
     means, covariance = delong_of_mean(
         {one.name: (on_id, scores.of(f"{one.name}@matched")) for one in scores.study.of(REPORT)}
     )
+    detectors = [(i, entry) for i, entry in enumerate(scores.entries) if entry.kind != "layer"]
+    seeds = [(i, entry) for i, entry in detectors if entry.kind in (RECOMMENDED, "seed")]
     rows = []
-    for own, of in enumerate(scores.entries):
-        for i, entry in enumerate(scores.entries):
-            if of.kind not in (RECOMMENDED, "seed") or i == own or entry.kind == "layer":
-                continue
-            variance = covariance[own, own] + covariance[i, i] - 2 * covariance[own, i]
-            difference, reach = means[own] - means[i], NORMAL_975 * np.sqrt(variance)
-            row = {"encoder": scores.study.encoder, "of": of.name, **_named(entry)}
-            ends = {"ci_low": 100 * (difference - reach), "ci_high": 100 * (difference + reach)}
-            rows.append(row | {"difference": 100 * difference} | ends)
+    for (own, of), (i, entry) in product(seeds, detectors):
+        if i == own:
+            continue
+        variance = covariance[own, own] + covariance[i, i] - 2 * covariance[own, i]
+        difference, reach = means[own] - means[i], NORMAL_975 * np.sqrt(variance)
+        row = {"encoder": scores.study.encoder, "of": of.name, **_named(entry)}
+        ends = {"ci_low": 100 * (difference - reach), "ci_high": 100 * (difference + reach)}
+        rows.append(row | {"difference": 100 * difference} | ends)
     return pd.DataFrame(rows)
 
 

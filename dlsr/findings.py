@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from dlsr.benchmarks import results, settings
-from dlsr.chapter import RECOMMENDED, RESEEDED
+from dlsr.chapter import COMPARED, RECOMMENDED, RESEEDED
 from dlsr.comparison import DEVELOPMENT, REPORT, STUDIES, OODSet, superclasses
 from dlsr.datasets import DATASETS
 from dlsr.experiments import METHOD
@@ -21,6 +21,14 @@ TITLES = {one.name: one.title for studies in STUDIES.values() for study in studi
 def with_interval(value: float, low: float, high: float, form: str = ".1f") -> str:
     """``86.2 [85.7, 86.7]``."""
     return f"{value:{form}} [{low:{form}}, {high:{form}}]"
+
+
+def compared(table: pd.DataFrame, **where: str) -> pd.DataFrame:
+    """The rows of what is ranked, neither controls nor layers alone, that have these values."""
+    chosen = table["kind"].isin(COMPARED)
+    for name, value in where.items():
+        chosen &= table[name] == value
+    return table[chosen]
 
 
 def said(row: Mapping, what: str = "value", form: str = ".1f") -> str:
@@ -135,7 +143,7 @@ def z0_or_raw(cells: pd.DataFrame) -> str:
 
 def cost_table(costs: pd.DataFrame, encoder: str) -> pd.DataFrame:
     """Setting, seconds, microseconds and megabytes of each detector."""
-    own = costs[(costs["encoder"] == encoder) & (costs["kind"] != "control")]
+    own = compared(costs, encoder=encoder)
     return pd.DataFrame(
         {
             "method": own["title"],
@@ -217,8 +225,7 @@ def filter_table(filters: pd.DataFrame, encoder: str) -> pd.DataFrame:
     """Mean AUROC over the sets that are brought to size, by each filter, and unmatched."""
     if not len(filters):
         return pd.DataFrame({"filter": ["all sets have the ID set's size"]})
-    own = filters[(filters["encoder"] == encoder) & (filters["features"] == "z0")]
-    own = own[own["kind"].isin(["rival", "paper", "recommended"])]
+    own = compared(filters, encoder=encoder, features="z0")
     table = own.pivot_table(index="title", columns="view", values="value", aggfunc="mean", sort=False)
     return table.rename_axis(index="method", columns=None).reset_index()
 
@@ -324,7 +331,7 @@ def _small(p: float) -> str:
 def against_rival(paired: pd.DataFrame, choice: Mapping) -> pd.DataFrame:
     """The recommended score less the rival, on each report set and mean."""
     rival = choice["rival"]
-    own = paired[(paired["features"] == rival["features"]) & (paired["name"] == rival["name"])]
+    own = paired[_is_rival(paired, choice)]
     own = own[own["ood"].isin([*MEANS, *_report_sets(own)])]
     cells = own.assign(
         cell=list(map(ahead, own.to_dict("records"))),
@@ -419,10 +426,8 @@ def verdict(paired: pd.DataFrame, choice: Mapping) -> str:
     """Whether the recommended score is ahead of its controls and of the rival: whether diffusion helps."""
     bullets = []
     for encoder, part in paired.groupby("encoder", sort=False):
-        rows = part[
-            (part["features"] == choice["rival"]["features"]) & (part["name"] == choice["rival"]["name"])
-        ]
-        near, far, both = (rows.set_index("ood").loc[mean] for mean in MEANS)
+        rows = part[_is_rival(part, choice)].set_index("ood")
+        near, far, both = (rows.loc[mean] for mean in MEANS)
         reached = near["difference"] >= 0 and far["difference"] >= 0 and both["ci_low"] > 0
         bullets.append(
             f"`{encoder}`: {_of_controls(part)} Against the rival, {RIVALS[choice['rival']['name']].title}: "
@@ -475,9 +480,13 @@ def said_of_other_seed(table: pd.DataFrame, choice: Mapping) -> str:
 
 
 def _rival_and_controls(table: pd.DataFrame, choice: Mapping) -> pd.DataFrame:
+    return table[_is_rival(table, choice) | (table["kind"] == "control")]
+
+
+def _is_rival(table: pd.DataFrame, choice: Mapping) -> pd.Series:
+    """Which rows are of the baseline that the search named."""
     rival = choice["rival"]
-    own = (table["features"] == rival["features"]) & (table["name"] == rival["name"])
-    return table[own | (table["kind"] == "control")]
+    return (table["features"] == rival["features"]) & (table["name"] == rival["name"])
 
 
 def _by_how_much(row: Mapping) -> str:
@@ -535,9 +544,8 @@ def advice(cells: pd.DataFrame, paired: pd.DataFrame, choice: Mapping) -> str:
 
 def _carried(paired: pd.DataFrame, choice: Mapping) -> str:
     """Whether the recommended score is ahead of the rival by every encoder."""
-    name, features = choice["rival"]["name"], choice["rival"]["features"]
-    rows = paired[(paired["name"] == name) & (paired["features"] == features) & (paired["ood"] == "all")]
-    rows = rows[rows["view"] == "matched"]
+    name = choice["rival"]["name"]
+    rows = paired[_is_rival(paired, choice) & (paired["ood"] == "all") & (paired["view"] == "matched")]
     found = [f"{ahead(row)} points by `{row['encoder']}`" for row in rows.to_dict("records")]
     surely = (rows["ci_low"] > 0).all()
     advice = (

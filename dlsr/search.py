@@ -264,7 +264,7 @@ def fit_rival(
     return (lambda _, features: detector.all_scores(bench.inputs.of(features, kind))[rival.score]), detector
 
 
-def training_seconds(bench: Bench, rival: Rival, label: str, kind: str) -> float:
+def rival_training_seconds(bench: Bench, rival: Rival, label: str, kind: str) -> float:
     """What a rival's training takes on this machine, from one epoch of `TIMED` of its vectors.
 
     0 of those that train no network that the cache keeps: `fit_rival` is the whole of their fit.

@@ -178,12 +178,12 @@ def test_an_autoencoders_training_is_timed_though_the_cache_holds_it(bench, monk
     monkeypatch.setattr(module, "TIMED", 50)
     rival, label = RIVALS["vae"], "epochs=10"
     before = module.fit_rival(bench, rival, label, "raw")[1]
-    assert module.training_seconds(bench, rival, label, "raw") > 0
+    assert module.rival_training_seconds(bench, rival, label, "raw") > 0
     assert lengths == [(50, 1)]
     after = module.fit_rival(bench, rival, label, "raw")[1]
     x = bench.inputs.of(bench.calibration, "raw")
     np.testing.assert_array_equal(after.ood_score(x), before.ood_score(x))  # the cached one is as it was
-    assert module.training_seconds(bench, RIVALS["mahalanobis"], "default", "z0") == 0
+    assert module.rival_training_seconds(bench, RIVALS["mahalanobis"], "default", "z0") == 0
 
 
 def test_the_budget_is_the_papers_own_cost():

@@ -289,15 +289,18 @@ def test_intervals_of_fpr95_hold_the_truth_in_about_95_percent(coverage):
     assert coverage["fpr95"][2] >= 0.88
 
 
-def test_two_thousand_draws_of_ten_methods_take_less_than_20_seconds_on_two_cores():
+def test_two_thousand_draws_of_ten_methods_take_less_than_20_seconds():
     """A tenth of the draws in a tenth of the time, for 10,000 ID and 10,000 OOD images.
 
-    In seconds of a core, so that nothing else on the machine fails it.
+    The best of three tries: what else the machine does slows a core down too.
     """
     id_scores, ood_scores = scores(10_000, 10_000, shifts=np.linspace(0, 2, 10))
-    began = time.process_time()
-    values = paired_bootstrap(id_scores, {"a": ood_scores}, draws=200)
-    assert time.process_time() - began < 2 * 2
+    seconds = []
+    for _ in range(3):
+        began = time.process_time()
+        values = paired_bootstrap(id_scores, {"a": ood_scores}, draws=200)
+        seconds.append(time.process_time() - began)
+    assert min(seconds) < 2
     assert values["auroc"].shape == (10, 1, 200)
 
 
