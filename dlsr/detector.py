@@ -1,220 +1,176 @@
-"""The method behind scikit-learn's contract for outlier detectors."""
+"""The method as a scikit-learn outlier detector on z0, which is saved in one file.
+
+Of the paper's scores it has MSE and MFsim; LR needs two networks and is left to `dlsr.scores`.
+"""
 
 import hashlib
-import json
-import platform
+from collections.abc import Sequence
+from dataclasses import KW_ONLY
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
-from sklearn.base import BaseEstimator, OutlierMixin
+from sklearn.base import OutlierMixin
 from sklearn.utils.validation import check_is_fitted
 
 from dlsr import __version__
-from dlsr.datasets import UserError
-from dlsr.diffusion import Reconstruction, reconstruct
-from dlsr.features import check_finite, pick_device, replace_file
+from dlsr.baselines import KNN, Baseline, Gaussian, estimator
+from dlsr.cache import array_sha256, as_json, read_tensors, write_tensors
+from dlsr.diffusion import ddim_released, fixed_noise, reconstruct
+from dlsr.errors import UserError
+from dlsr.features import pick_device
 from dlsr.lfdn import LFDN
-from dlsr.scores import FIRST_EPOCH_NOISE, check_choice, lr, mfsim, mse
-from dlsr.training import Trained, TrainingSettings, as_json, flattened, train, weights_of
+from dlsr.scores import mfsim, mse
+from dlsr.training import train
 
-THRESHOLD_QUANTILE = 0.95
-FORMAT = 1
+FORMAT = 2  # of the file; raise it when an older dlsr could not read the new one
+METHODS = ("gaussian", "knn", "mse", "mfsim")
 
 
-class DLSRDetector(OutlierMixin, BaseEstimator):
-    """Diffusion-based layer-wise semantic reconstruction on z0 (see `features.layer_zscore`).
+@estimator
+class DLSRDetector(OutlierMixin, Baseline):
+    """An OOD detector on z0 (see `dlsr.features.layer_zscore`), fitted on ID images without labels.
 
-    Defaults are the paper's; ``reconstruction``, ``t`` and ``layers`` are the released code's.
-
-    channels: widths of the layers in z0, in order (None: one layer).
-    score: ``mse``, ``lr`` or ``mfsim``.
-    layers: the layers MFsim reads, ``2..M`` or ``all``.
-    reconstruction, t, noise_draws: see `diffusion.Reconstruction`.
-    width, blocks, epochs, lr, weight_decay, batch_size: see `training.TrainingSettings`.
-    calibration_fraction: share of the images held out of the fit to set ``threshold_``; 0: none.
-    seed: fixes weights, order, noise and the held-out share.
-    device: None takes CUDA where there is one.
+    ``channels`` are the layers' widths in z0; None means one layer. ``method`` is ``gaussian`` or
+    ``knn``, which need no training (`dlsr.baselines`), or ``mse`` or ``mfsim``, which train an
+    LFDN and score its reconstruction by `dlsr.diffusion.ddim_released` from timestep ``t``;
+    ``mfsim`` reads ``layers`` (see `dlsr.scores.mfsim`), and ``knn`` takes the ``k``-th neighbour,
+    or the last. ``width`` to ``batch_size`` are those of `dlsr.training.train`; the paper's
+    network has a width of 1440, 16 blocks and 150 epochs. ``calibration_fraction`` is the share of
+    the images, at least one, that is held out of the fit to set ``threshold_``: 95 % of them pass.
+    ``seed`` fixes that share, the training and the noise, which is the same for every image, so
+    that the score of an image depends on no other image.
     """
 
-    def __init__(
-        self,
-        channels: tuple[int, ...] | None = None,
-        *,
-        score: str = "mfsim",
-        layers: str = "2..M",
-        reconstruction: str = "released",
-        t: int = 3,
-        noise_draws: int = 1,
-        width: int = 1440,
-        blocks: int = 16,
-        epochs: int = 150,
-        lr: float = 1e-4,
-        weight_decay: float = 1e-4,
-        batch_size: int = 128,
-        calibration_fraction: float = 0.1,
-        seed: int = 0,
-        device: str | None = None,
-        progress: bool = False,
-    ) -> None:
-        self.channels = channels
-        self.score = score
-        self.layers = layers
-        self.reconstruction = reconstruction
-        self.t = t
-        self.noise_draws = noise_draws
-        self.width = width
-        self.blocks = blocks
-        self.epochs = epochs
-        self.lr = lr
-        self.weight_decay = weight_decay
-        self.batch_size = batch_size
-        self.calibration_fraction = calibration_fraction
-        self.seed = seed
-        self.device = device
-        self.progress = progress
-
-    def fit(self, z: np.ndarray, y: Any = None) -> "DLSRDetector":
-        """Train on ID vectors (N, c); labels are ignored."""
-        z = np.asarray(z, dtype=np.float32)
-        if z.ndim != 2 or (self.channels is not None and z.shape[1] != sum(self.channels)):
-            raise UserError(
-                f"z of shape {z.shape} was given; channels={self.channels} needs {self._needed()}."
-            )
-        self.channels_ = tuple(self.channels or (z.shape[1],))
-        check_choice(self.score, self.layers, self.channels_)
-        self._how()
-        if not 0 <= self.calibration_fraction < 1:
-            raise UserError(f"calibration_fraction={self.calibration_fraction} was given; it is in [0, 1).")
-        fitted, held_out = self._split(z)
-        self.n_features_in_ = z.shape[1]
-        settings = TrainingSettings(
-            width=self.width,
-            blocks=self.blocks,
-            epochs=self.epochs,
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-            batch_size=self.batch_size,
-            seed=self.seed,
-        )
-        self.trained_ = train(fitted, settings, device=self.device, progress=self.progress)
-        self.threshold_ = None
-        if len(held_out):
-            scores = self.ood_score(held_out)
-            self.threshold_ = float(np.quantile(scores, THRESHOLD_QUANTILE))
-        return self
-
-    def ood_score(self, z: np.ndarray) -> np.ndarray:
-        """(N,) scores, larger = more OOD; the noise is fixed by ``seed``."""
-        check_is_fitted(self, "trained_")
-        z = self._checked(z)
-        last = reconstruct(self.trained_.network, z, self._how(), seed=self.seed)
-        if self.score == "mfsim":
-            return mfsim(z, last, self.channels_, layers=self.layers)
-        if self.score == "mse":
-            return mse(z, last)
-        first = reconstruct(self.trained_.first_epoch, z, self._how(), seed=self.seed + FIRST_EPOCH_NOISE)
-        return lr(z, first, last)
+    channels: Sequence[int] | None = None
+    _: KW_ONLY
+    method: str = "gaussian"
+    layers: str | Sequence[int] = "2..M"
+    t: int = 3
+    k: int = 50
+    width: int = 720
+    blocks: int = 8
+    epochs: int = 30
+    lr: float = 1e-4
+    weight_decay: float = 1e-4
+    batch_size: int = 128
+    calibration_fraction: float = 0.1
+    seed: int = 0
+    device: str | None = None
+    progress: bool = False
 
     def score_samples(self, z: np.ndarray) -> np.ndarray:
-        """Minus the OOD score: larger = more ID, as scikit-learn has it."""
-        return -self.ood_score(z)
+        """Return minus the OOD score of z0, (N, c), as (N,): larger means more ID."""
+        return -self.ood_score(z).astype(float)
 
     def decision_function(self, z: np.ndarray) -> np.ndarray:
-        """``threshold_`` minus the OOD score: negative = OOD."""
-        check_is_fitted(self, "trained_")
-        if self.threshold_ is None:
-            raise UserError("No threshold was set: fit with calibration_fraction above 0, or set threshold_.")
-        return self.threshold_ - self.ood_score(z)
+        """Return ``threshold_`` minus the OOD score of z0, (N, c), as (N,): negative means OOD."""
+        return self.score_samples(z) - self.offset_
 
     def predict(self, z: np.ndarray) -> np.ndarray:
-        """+1 for ID, -1 for OOD; at the threshold, 95 % of held-out ID images are +1."""
+        """Return +1 for each ID and -1 for each OOD row of z0, (N, c); the threshold is ID."""
         return np.where(self.decision_function(z) >= 0, 1, -1)
 
-    def save(self, folder: str | Path, *, about: dict[str, Any] | None = None) -> None:
-        """Write ``network.safetensors`` and ``detector.json`` into a folder; no pickle.
+    @property
+    def offset_(self) -> float:
+        """Minus ``threshold_``, scikit-learn's name and sign of it."""
+        return -self.threshold_
 
-        ``about`` is kept as it is: say there which encoder, weights and images z came from.
+    def save(self, path: str | Path, *, about: dict | None = None) -> None:
+        """Write the fitted detector into one safetensors file, which holds no code.
+
+        ``about`` goes with it as it is: say there which encoder, weights and images z0 came from.
+        Raises `UserError` if the file cannot be written; an older one there is then unharmed.
         """
-        check_is_fitted(self, "trained_")
-        folder = Path(folder)
-        networks = {"network": self.trained_.network, "first_epoch": self.trained_.first_epoch}
-        tensors = {name: weight.contiguous().cpu() for name, weight in flattened(networks).items()}
-        blob = safetensors.torch.save(tensors)
-        content = {
-            "format": FORMAT,
-            "parameters": self.get_params(),
-            "channels": self.channels_,
-            "threshold": self.threshold_,
-            "losses": self.trained_.losses,
-            "network_sha256": hashlib.sha256(blob).hexdigest(),
-            "versions": {
-                "dlsr": __version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
-            "about": about or {},
-        }
-        replace_file(folder / "network.safetensors", lambda path: path.write_bytes(blob))
-        replace_file(folder / "detector.json", lambda path: path.write_text(as_json(content)))
+        check_is_fitted(self, "threshold_")
+        content = {"format": FORMAT, "parameters": self.settings_, "threshold": self.threshold_}
+        content |= {"about": about or self.about_, "versions": self.versions_}
+        arrays = {name: torch.from_numpy(array) for name, array in self.arrays_.items()}
+        write_tensors(Path(path), arrays, content | {"sha256": _sha256(content, self.arrays_)})
 
     @classmethod
-    def load(cls, folder: str | Path, *, device: str | None = None) -> "DLSRDetector":
-        """Read a saved detector; what was said of it is in ``about_``."""
-        folder = Path(folder)
-        try:
-            content = json.loads((folder / "detector.json").read_text())
-            blob = (folder / "network.safetensors").read_bytes()
-            if content["format"] != FORMAT:
-                raise UserError(
-                    f"The detector in {folder} was saved by another version (format {content['format']}, "
-                    f"this is {FORMAT}); fit it again, or use dlsr {content['versions']['dlsr']}."
-                )
-            if hashlib.sha256(blob).hexdigest() != content["network_sha256"]:
-                raise ValueError("network.safetensors is cut short or of another detector")
-            tensors = safetensors.torch.load(blob)
-            detector = cls(**{**content["parameters"], "device": device})
-            detector._restore(content, tensors)
-        except UserError:
-            raise
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"There is no whole detector in {folder} ({error}); save it again.") from error
+    def load(cls, path: str | Path, *, device: str | None = None) -> "DLSRDetector":
+        """Read a saved detector; ``about_`` and ``versions_`` are what was saved with it.
+
+        Raises `UserError` for a file that is damaged, of another version or no detector.
+        """
+        if (Path(path) / "detector.json").exists():
+            raise UserError(f"{path} was saved by an older version of dlsr; fit it again.")
+        content, tensors = read_tensors(Path(path))
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        if content.get("format") != FORMAT:
+            form = content.get("format")
+            raise UserError(f"{path} has the format {form}, {FORMAT} is needed; fit it again.")
+        if content.pop("sha256", None) != _sha256(content, arrays):
+            raise UserError(f"The detector {path} is damaged: its checksum differs; fit it again.")
+        settings = content["parameters"]
+        settings["channels"] = tuple(settings["channels"])
+        detector = cls(**settings | {"device": device})
+        detector.settings_, detector.n_features_in_ = settings, sum(settings["channels"])
+        detector._restore(arrays)
+        for name in ("threshold", "about", "versions"):
+            setattr(detector, f"{name}_", content[name])
         return detector
 
-    def _restore(self, content: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-        self.channels_ = tuple(content["channels"])
-        self.n_features_in_ = sum(self.channels_)
-        self.threshold_ = content["threshold"]
-        self.about_ = content["about"]
-        self.channels = tuple(self.channels) if self.channels is not None else None
-        networks = {}
-        for name in ("network", "first_epoch"):
-            network = LFDN(self.n_features_in_, width=self.width, blocks=self.blocks)
-            network.load_state_dict(weights_of(name, tensors))
-            networks[name] = network.to(pick_device(self.device)).eval().requires_grad_(False)
-        self.trained_ = Trained(**networks, losses=content["losses"], settings=None)
-
-    def _split(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The vectors that are fitted on, in their order, and those held out to calibrate."""
-        order = np.random.RandomState(self.seed).permutation(len(z))
-        held_out = int(np.ceil(self.calibration_fraction * len(z)))
-        return z[np.sort(order[held_out:])], z[order[:held_out]]
-
-    def _how(self) -> Reconstruction:
-        return Reconstruction(self.reconstruction, self.t, self.noise_draws)
-
-    def _needed(self) -> str:
-        return "(images, features)" if self.channels is None else f"(images, {sum(self.channels)})"
-
-    def _checked(self, z: np.ndarray) -> np.ndarray:
-        z = np.asarray(z, dtype=np.float32)
-        if z.ndim != 2 or z.shape[1] != self.n_features_in_:
+    def _fit(self, x: np.ndarray, y: object) -> None:
+        n, share = len(x), self.calibration_fraction
+        channels = tuple(map(int, x.shape[1:] if self.channels is None else self.channels))
+        if sum(channels) != x.shape[1] or self.method not in METHODS or not 0 < share < 1 or n < 3:
             raise UserError(
-                f"Features of shape {z.shape} were given; this detector was fitted on {self.n_features_in_} "
-                "features an image. Use the encoder and layers it was fitted with."
+                f"{x.shape} vectors, channels={channels}, method={self.method!r} and "
+                f"calibration_fraction={share} were given; a fit needs 3 vectors or more, channels "
+                f"that sum to their length, one of {', '.join(METHODS)}, and a share in (0, 1)."
             )
-        check_finite(z)
-        return z
+        # Scoring reads this copy, so that set_params changes nothing before the next fit.
+        unused = {"device": None, "progress": False}
+        self.settings_ = self.get_params() | unused | {"channels": channels}
+        self.about_, self.versions_ = {}, {"dlsr": __version__, "torch": torch.__version__}
+        order = np.random.RandomState(self.seed).permutation(n)
+        held_out = min(max(int(np.ceil(share * n)), 1), n - 2)
+        self._restore(self._train(x[np.sort(order[held_out:])]))
+        self.threshold_ = float(np.quantile(self.ood_score(x[order[:held_out]]), 0.95))
+
+    def _train(self, x: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the arrays that scores are computed from, and that are saved."""
+        if self.method == "gaussian":
+            gaussian = Gaussian().fit(x)
+            return {"location": gaussian.location_, "precision": gaussian.precision_}
+        if self.method == "knn":
+            return {"vectors": KNN(k=min(self.k, len(x))).fit(x).vectors_}
+        names = ("width", "blocks", "epochs", "lr", "weight_decay", "seed", "device", "progress")
+        options = {name: getattr(self, name) for name in names}
+        network = train(x, batch_size=min(self.batch_size, len(x)), **options).last
+        return {name: tensor.cpu().numpy() for name, tensor in network.state_dict().items()}
+
+    def _restore(self, arrays: dict[str, np.ndarray]) -> None:
+        """Make the model of these arrays."""
+        self.arrays_, settings = arrays, self.settings_
+        if settings["method"] == "gaussian":
+            self.model_ = Gaussian()
+            self.model_.location_, self.model_.precision_ = arrays["location"], arrays["precision"]
+        elif settings["method"] == "knn":
+            self.model_ = KNN(k=min(settings["k"], len(arrays["vectors"])))
+            self.model_.vectors_ = arrays["vectors"]
+        else:
+            with torch.device("meta"):  # the weights come from the arrays
+                sizes = {name: settings[name] for name in ("width", "blocks")}
+                self.model_ = LFDN(self.n_features_in_, **sizes)
+            weights = {name: torch.tensor(array) for name, array in arrays.items()}
+            self.model_.load_state_dict(weights, assign=True)
+            self.model_.to(pick_device(self.device)).eval().requires_grad_(False)
+
+    def _ood_score(self, x: np.ndarray) -> np.ndarray:
+        settings = self.settings_
+        if settings["method"] in ("gaussian", "knn"):
+            return self.model_._ood_score(x)
+        noise = fixed_noise(settings["t"] + 1, x.shape[1], seed=settings["seed"])
+        back = reconstruct(self.model_, x, ddim_released, t=settings["t"], noise=noise)
+        if settings["method"] == "mse":
+            return mse(x, back)
+        return mfsim(x, back, settings["channels"], layers=settings["layers"])
+
+
+def _sha256(content: dict, arrays: dict[str, np.ndarray]) -> str:
+    """Return one checksum of what a file says and of all its arrays."""
+    parts = {name: array_sha256(array) for name, array in arrays.items()}
+    return hashlib.sha256(as_json([content, parts]).encode()).hexdigest()

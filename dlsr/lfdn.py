@@ -1,15 +1,18 @@
-"""The latent feature diffusion network (LFDN): a residual MLP on feature vectors, given a timestep."""
+"""The latent feature diffusion network (LFDN): a residual MLP on feature vectors, given a timestep.
+
+Source: section 3.2 of the paper and the released code's ``diffusionmodules/latent.py``.
+"""
 
 import math
 
 import torch
 from torch import nn
 
-from dlsr.datasets import UserError
+from dlsr.errors import UserError
 
 
 def sinusoid(t: torch.Tensor, dimension: int) -> torch.Tensor:
-    """Timestep embedding (N,) -> (N, dimension): cosines, then sines, base 10,000."""
+    """Embed timesteps of shape (N,) as (N, dimension): cosines, then sines, with base 10,000."""
     half = dimension // 2
     frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / half)
     angles = t.float()[:, None] * frequencies
@@ -17,14 +20,17 @@ def sinusoid(t: torch.Tensor, dimension: int) -> torch.Tensor:
 
 
 def zero(linear: nn.Linear) -> nn.Linear:
-    """The same layer with all weights zero, so that a block starts as the identity."""
+    """Set a layer's weights to zero, so that the block it ends starts as the identity."""
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
     return linear
 
 
 class ResidualBlock(nn.Module):
-    """x + Linear0(SiLU(GN(Linear(SiLU(GN(x))) + Linear(SiLU(emb)))))."""
+    """Compute x + Linear0(SiLU(GN(Linear(SiLU(GN(x))) + Linear(SiLU(emb))))).
+
+    GroupNorm with one group is LayerNorm on vectors. Linear0 starts at zero.
+    """
 
     def __init__(self, width: int, time_width: int) -> None:
         super().__init__()
@@ -37,27 +43,31 @@ class ResidualBlock(nn.Module):
 
 
 class LFDN(nn.Module):
-    """Predicts z0 from z_t (the paper's LFDN; released code ``diffusionmodules/latent.py``).
+    """Predict z0 from z_t and t.
 
-    ``features`` is c, the length of z0. The paper's size, width 1440 and 16 blocks, has 86.74
-    million parameters at c = 720. GroupNorm with one group is LayerNorm on vectors.
+    ``features`` is c, the length of z0. The paper's size, a width of 1440 and 16 blocks, has 86.74
+    million parameters at c = 720. Raises `UserError` for sizes below 1 or an odd width.
     """
 
     def __init__(self, features: int, *, width: int = 1440, blocks: int = 16) -> None:
         super().__init__()
         if min(features, blocks) < 1 or width < 2 or width % 2:
             raise UserError(
-                f"An LFDN needs features and blocks of at least 1 and an even width of at least 2; "
-                f"it was given features={features}, width={width}, blocks={blocks}."
+                f"features={features}, width={width} and blocks={blocks} were given; an LFDN needs "
+                "features and blocks of at least 1 and an even width of at least 2."
             )
         self.features, self.width = features, width
         self.into = nn.Sequential(nn.SiLU(), nn.Linear(features, width))
-        self.time = nn.Sequential(nn.Linear(width, features), nn.SiLU(), nn.Linear(features, features))
+        self.time = nn.Sequential(
+            nn.Linear(width, features), nn.SiLU(), nn.Linear(features, features)
+        )
         self.blocks = nn.ModuleList(ResidualBlock(width, features) for _ in range(blocks))
-        self.out = nn.Sequential(nn.GroupNorm(1, width), nn.SiLU(), zero(nn.Linear(width, features)))
+        self.out = nn.Sequential(
+            nn.GroupNorm(1, width), nn.SiLU(), zero(nn.Linear(width, features))
+        )
 
     def forward(self, z_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """(N, c) and (N,) 0-based timesteps -> predicted z0 of (N, c)."""
+        """Return the predicted z0, (N, c), of z_t, (N, c), at 0-based timesteps t, (N,)."""
         x = self.into(z_t)
         emb = self.time(sinusoid(t, self.width))
         for block in self.blocks:

@@ -1,278 +1,229 @@
-"""Training the LFDN on unlabelled z0: checkpoints, exact resume, and both networks that LR needs."""
+"""Training on unlabelled vectors, with exact resume; LR needs two networks, so both are kept.
 
-import hashlib
-import json
+Source: section 3.2 and appendix of the paper; the moving average is the released code's
+``ema.py``.
+"""
+
 import math
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from dlsr.datasets import UserError, cache_folder
+from dlsr.cache import array_sha256, cache_folder, key, locked, read_tensors, write_tensors
 from dlsr.diffusion import T, add_noise, noise_schedule
-from dlsr.features import check_finite, code_hash, pick_device, replace_file
+from dlsr.errors import UserError
+from dlsr.features import check_finite, device_kind, pick_device
 from dlsr.lfdn import LFDN
 
-CHECKPOINT_VERSION = 1
-EMA_DECAY = 0.9999
-CODE = ("lfdn", "diffusion", "training")  # what a trained network depends on, beside its data
-
-
-@dataclass(frozen=True)
-class TrainingSettings:
-    """The paper's hyper-parameters as defaults. ``seed`` fixes weights, order, timesteps and noise."""
-
-    width: int = 1440
-    blocks: int = 16
-    epochs: int = 150
-    lr: float = 1e-4
-    weight_decay: float = 1e-4
-    batch_size: int = 128
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if min(self.epochs, self.batch_size) < 1 or self.lr <= 0 or self.weight_decay < 0 or self.seed < 0:
-            raise UserError(
-                "Training needs epochs and batch_size of at least 1, lr above 0, weight_decay and seed "
-                f"of at least 0; it was given {self}."
-            )
+VERSION = 1  # raise it when the same settings give other networks
+CHECKPOINT_EVERY = 5  # epochs
+Loss = Callable[[nn.Module, Tensor, torch.Generator], Tensor]  # of a network, a batch and draws
 
 
 @dataclass
-class Trained:
-    """EMA networks after the last and after the first epoch, and how the loss fell.
+class Networks:
+    """What training returns.
 
-    ``losses`` is the mean training loss of every epoch; ``vectors_per_second`` counts feature
-    vectors through training, and is None where all came from a checkpoint.
+    ``last`` and ``first`` are the networks after the last and after the first epoch, of an LFDN
+    their moving averages (EMA); ``losses`` is the mean training loss of each epoch; ``seconds`` is
+    what the training took when it was done, also where the networks come from the cache.
     """
 
-    network: LFDN
-    first_epoch: LFDN
-    losses: list[float]
-    settings: TrainingSettings | None
-    vectors_per_second: float | None = None
+    last: nn.Module
+    first: nn.Module
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
     device: str = "cpu"
 
 
-def ema_decay(updates: int) -> float:
-    """min(0.9999, (1 + n) / (10 + n)) for the n-th update, counted from 1 (released ``ema.py``)."""
-    return min(EMA_DECAY, (1 + updates) / (10 + updates))
+def train(z0: np.ndarray, *, width: int = 1440, blocks: int = 16, **options: object) -> Networks:
+    """Train an LFDN on z0, (N, c) float32, or read the one that was trained so before.
 
-
-def diffusion_loss(
-    network: nn.Module, z0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor
-) -> torch.Tensor:
-    """Mean over dimensions of (z0 - LFDN(z_t, t))^2, with t 0-based in 0..T-1."""
-    alpha_bar = noise_schedule().to(z0.device)[t][:, None]
-    return ((z0 - network(add_noise(z0, alpha_bar, noise), t)) ** 2).mean()
-
-
-def checkpoint_file(z0: np.ndarray, settings: TrainingSettings) -> Path:
-    """Where the cache keeps the network of these features, settings and code: none is trained twice."""
-    digest = hashlib.sha256(as_json(asdict(settings)).encode())
-    digest.update(_sha256(z0).encode())
-    digest.update(code_hash(*CODE).encode())
-    return cache_folder() / "networks" / f"{digest.hexdigest()[:20]}.safetensors"
-
-
-def train(
-    z0: np.ndarray,
-    settings: TrainingSettings | None = None,
-    *,
-    checkpoint: Path | None = None,
-    checkpoint_every: int = 5,
-    device: str | None = None,
-    progress: bool = True,
-) -> Trained:
-    """Train an LFDN on (N, c) float32 vectors.
-
-    With ``checkpoint``, the state is written there every ``checkpoint_every`` epochs and a run that
-    was cut off goes on from it, on a CPU with the identical result; a finished one is only read.
-    The last, smaller batch of an epoch is used too. On CUDA the forward pass runs in bfloat16.
+    ``options`` are those of `fit_network`; the defaults of both are the paper's.
     """
-    settings = settings or TrainingSettings()
-    z0 = _checked(z0, settings)
-    device = pick_device(device)
-    run = _Run(z0, settings, device)
-    if checkpoint is not None and checkpoint.is_file():
-        run.restore(checkpoint)
-    todo = range(len(run.losses), settings.epochs)
-    began = time.perf_counter()
-    with tqdm(
-        total=settings.epochs, initial=todo.start, unit="epoch", desc="LFDN", disable=not progress
-    ) as bar:
-        for epoch in todo:
-            run.epoch()
-            bar.update()
-            bar.set_postfix(loss=f"{run.losses[-1]:.4f}")
-            last = epoch + 1 == settings.epochs
-            if checkpoint is not None and (last or (epoch + 1) % checkpoint_every == 0):
-                run.save(checkpoint, finished=last)
-    seconds = time.perf_counter() - began
-    return Trained(
-        run.ema.eval(),
-        run.first.eval(),
-        run.losses,
-        settings,
-        len(todo) * len(z0) / seconds if len(todo) else None,
-        device,
-    )
+    size = {"width": width, "blocks": blocks}
+    build = partial(LFDN, z0.shape[-1], **size)
+    return fit_network(z0, build, _noisy_loss, name="LFDN", size=size, decay=ema_decay, **options)
 
 
-class _Run:
-    """All that changes while training, so that it can be written and read back whole."""
+def ema_decay(updates: int) -> float:
+    """Return min(0.9999, (1 + n) / (10 + n)) for the n-th update, counted from 1."""
+    return min(0.9999, (1 + updates) / (10 + updates))
 
-    def __init__(self, z0: np.ndarray, settings: TrainingSettings, device: str) -> None:
-        self.settings, self.device = settings, device
-        self.data_sha256 = _sha256(z0)
-        self.z0 = torch.from_numpy(z0).to(device)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed)
-            self.network, self.ema, self.first = (
-                LFDN(z0.shape[1], width=settings.width, blocks=settings.blocks) for _ in range(3)
-            )
-        self.ema.load_state_dict(self.network.state_dict())
-        for network in (self.network, self.ema, self.first):
-            network.to(device)
-        for network in (self.ema, self.first):
-            network.requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(
-            self.network.parameters(),
-            lr=settings.lr,
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
-        self.draws = torch.Generator(device).manual_seed(settings.seed)
-        self.updates = 0
-        self.losses: list[float] = []
 
-    def epoch(self) -> None:
-        order = torch.randperm(len(self.z0), generator=self.draws, device=self.device)
-        total = torch.zeros((), device=self.device)
-        for rows in order.split(self.settings.batch_size):
-            total += self.step(self.z0[rows]) * len(rows)
-        self.losses.append(total.item() / len(order))
-        if not math.isfinite(self.losses[-1]):
-            raise UserError(
-                f"The training loss became {self.losses[-1]} in epoch {len(self.losses)}; lower lr "
-                f"(it is {self.settings.lr})."
-            )
-        if len(self.losses) == 1:
-            self.first.load_state_dict(self.ema.state_dict())
+def diffusion_loss(network: nn.Module, z0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """Return the mean over images and dimensions of (z0 - LFDN(z_t, t))^2; t is in 0..T-1."""
+    z_t = add_noise(z0, noise_schedule(z0.device)[t][:, None], noise)
+    return ((z0 - network(z_t, t)) ** 2).mean()
 
-    def step(self, z0: torch.Tensor) -> torch.Tensor:
-        t = torch.randint(T, (len(z0),), generator=self.draws, device=self.device)
-        noise = torch.randn(z0.shape, generator=self.draws, device=self.device)
-        autocast = torch.autocast("cuda", torch.bfloat16) if self.device == "cuda" else nullcontext()
-        with autocast:
-            loss = diffusion_loss(self.network, z0, t, noise)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        self.updates += 1
+
+def _noisy_loss(network: nn.Module, z0: Tensor, draws: torch.Generator) -> Tensor:
+    t = torch.randint(T, (len(z0),), generator=draws, device=z0.device)
+    noise = torch.randn(z0.shape, generator=draws, device=z0.device)
+    return diffusion_loss(network, z0, t, noise)
+
+
+def fit_network(
+    x: np.ndarray, build: Callable[[], nn.Module], loss: Loss, *, name: str, size: Mapping,
+    epochs: int = 150, lr: float = 1e-4, weight_decay: float = 1e-4, batch_size: int = 128,
+    seed: int = 0, decay: Callable[[int], float] = lambda updates: 0.0,
+    device: str | None = None, progress: bool = True,
+) -> Networks:  # fmt: skip
+    """Minimise a loss over x, (N, c), by AdamW, or read the networks that were trained so before.
+
+    ``build()`` makes the network, which ``name`` and ``size`` tell from others. ``decay`` is that
+    of the moving average at each update; 0 keeps the network itself. ``seed`` fixes initial
+    weights, batch order and noise. The state is kept in the cache every five epochs; a run that
+    was cut off goes on from there, on a CPU with the identical result. On CUDA the loss is
+    computed in bfloat16. Raises `UserError` for settings that make no sense, NaN in x, too few
+    vectors, or a loss that is not finite.
+    """
+    x, device = np.ascontiguousarray(x, dtype=np.float32), pick_device(device)
+    rates = {"lr": lr, "weight_decay": weight_decay}
+    settings = {"epochs": epochs, "batch_size": batch_size, "seed": seed} | rates
+    _check(x, settings)
+    settings |= {"name": name, "size": dict(size), "x": array_sha256(x), "version": VERSION}
+    settings |= {"device": device_kind(device), "precision": precision_of(device)}
+    file = cache_folder() / "networks" / f"{key(**settings)}.safetensors"
+    with locked(file):
+        if not file.is_file():
+            state = new_state(build, seed, device, **rates)
+            _train_to(file, state, x, loss, decay, epochs, batch_size, name if progress else "")
+    about, tensors = read_tensors(file)
+    with torch.random.fork_rng(devices=[]):  # the initial weights are replaced
+        networks = [build() for _ in range(2)]
+    for network, part in zip(networks, ("last", "first"), strict=True):
+        network.load_state_dict(weights_of(part, tensors))
+        network.to(device).eval().requires_grad_(False)
+    return Networks(*networks, about["losses"], about["seconds"], device)
+
+
+def precision_of(device: str) -> str:
+    """Return the precision in which a loss is computed on a device."""
+    return "bf16" if device_kind(device) == "cuda" else "float32"
+
+
+def streams(seed: int) -> list[int]:
+    """Return independent seeds of initial weights, batch order and noise (``seeding`` v1)."""
+    children = np.random.SeedSequence(seed).spawn(3)
+    return [int(child.generate_state(1, np.uint64)[0] >> 1) for child in children]
+
+
+@dataclass
+class TrainingState(Networks):
+    """Everything that changes in training, so that it can be written and read back whole."""
+
+    network: nn.Module = None
+    optimizer: torch.optim.Optimizer = None
+    draws: tuple[torch.Generator, ...] = ()  # of batch order and of noise
+    updates: int = 0
+
+
+def new_state(build: Callable, seed: int, device: str, **rates: float) -> TrainingState:
+    """Return the state before the first epoch."""
+    weights, *others = streams(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(weights)
+        network = build().to(device)
+    last, first = (deepcopy(network).requires_grad_(False) for _ in range(2))
+    optimizer = torch.optim.AdamW(network.parameters(), **rates, fused=True)
+    draws = tuple(torch.Generator(device).manual_seed(other) for other in others)
+    parts = {"network": network, "optimizer": optimizer, "draws": draws}
+    return TrainingState(last, first, device=device, **parts)
+
+
+def run_epoch(
+    state: TrainingState, x: Tensor, batches: Iterable[Tensor], loss: Loss, decay: Callable,
+) -> None:  # fmt: skip
+    """Take one step for each batch of rows of x, and note the epoch's mean loss.
+
+    After the first epoch, ``state.last`` is copied to ``state.first``. Raises `UserError` if the
+    loss is not finite.
+    """
+    total, seen = torch.zeros((), device=x.device), 0
+    autocast = precision_of(state.device) == "bf16"
+    for rows in batches:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
+            value = loss(state.network, x[rows], state.draws[-1])
+        state.optimizer.zero_grad()
+        value.backward()
+        state.optimizer.step()
+        state.updates += 1
         with torch.no_grad():
-            weight = 1 - ema_decay(self.updates)
-            torch._foreach_lerp_(list(self.ema.parameters()), list(self.network.parameters()), weight)
-        return loss.detach()
-
-    def save(self, file: Path, *, finished: bool) -> None:
-        tensors = flattened({"ema": self.ema, "first": self.first})
-        if not finished:
-            tensors |= flattened({"network": self.network})
-            tensors["draws"] = self.draws.get_state()
-            for i, state in self.optimizer.state_dict()["state"].items():
-                tensors |= {f"optimizer.{i}.{name}": value for name, value in state.items()}
-        about = {
-            "version": CHECKPOINT_VERSION,
-            "settings": asdict(self.settings),
-            "data_sha256": self.data_sha256,
-            "updates": self.updates,
-            "losses": self.losses,
-        }
-        replace_file(file, lambda path: save_file(tensors, path, {"dlsr": as_json(about)}))
-
-    def restore(self, file: Path) -> None:
-        about, tensors = read_checkpoint(file)
-        if about["settings"] != asdict(self.settings) or about["data_sha256"] != self.data_sha256:
-            raise UserError(
-                f"The checkpoint {file} is of other settings or features ({about['settings']}, "
-                f"now {asdict(self.settings)}). Name another file or delete it."
-            )
-        self.updates, self.losses = about["updates"], about["losses"]
-        for name in ("network", "ema", "first"):
-            if weights := weights_of(name, tensors):
-                getattr(self, name).load_state_dict(weights)
-        if "draws" in tensors:
-            try:
-                self.draws.set_state(tensors["draws"])
-            except RuntimeError as error:
-                raise UserError(
-                    f"The checkpoint {file} was begun on another device than {self.device}; go on there, "
-                    "or delete it to train from the start."
-                ) from error
-            state: dict[int, dict[str, torch.Tensor]] = {}
-            for key, value in tensors.items():
-                if key.startswith("optimizer."):
-                    _, i, name = key.split(".")
-                    state.setdefault(int(i), {})[name] = value
-            groups = self.optimizer.state_dict()["param_groups"]
-            self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+            averaged, current = list(state.last.parameters()), list(state.network.parameters())
+            torch._foreach_lerp_(averaged, current, 1 - decay(state.updates))
+        total += value.detach() * len(rows)
+        seen += len(rows)
+    state.losses.append(total.item() / seen)
+    if not math.isfinite(state.losses[-1]):
+        raise UserError(f"The loss became {state.losses[-1]} in training; lower lr.")
+    if len(state.losses) == 1:
+        state.first.load_state_dict(state.last.state_dict())
 
 
-def flattened(networks: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
-    """The weights of several networks in one dict, each under its name and a dot."""
-    return {f"{name}.{k}": v for name, network in networks.items() for k, v in network.state_dict().items()}
+def _train_to(file, state, x, loss, decay, epochs, batch_size, title) -> None:
+    """Train from the start or from the checkpoint beside ``file``; write the finished networks."""
+    checkpoint, x = file.with_suffix(".partial"), torch.tensor(x, device=state.device)
+    if checkpoint.is_file():
+        _restore(checkpoint, state)
+    todo = range(len(state.losses) + 1, epochs + 1)
+    for epoch in tqdm(todo, unit="epoch", desc=title, disable=not title):
+        began = time.perf_counter()
+        order = torch.randperm(len(x), generator=state.draws[0], device=x.device)
+        run_epoch(state, x, order.split(batch_size), loss, decay)  # the smaller last batch too
+        state.seconds += time.perf_counter() - began
+        about = {name: getattr(state, name) for name in ("updates", "losses", "seconds")}
+        finished = {name: getattr(state, name).state_dict() for name in ("last", "first")}
+        if epoch == epochs:
+            write_tensors(file, flattened(finished), about)
+        elif epoch % CHECKPOINT_EVERY == 0:
+            moments = state.optimizer.state_dict()["state"]
+            resumable = {f"optimizer.{i}": values for i, values in moments.items()}
+            resumable["draws"] = {str(i): g.get_state() for i, g in enumerate(state.draws)}
+            resumable |= finished | {"network": state.network.state_dict()}
+            write_tensors(checkpoint, flattened(resumable), about)
+    checkpoint.unlink(missing_ok=True)
 
 
-def weights_of(name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """One network's weights out of what `flattened` gave."""
+def _restore(checkpoint: Path, state: TrainingState) -> None:
+    """Bring a new state to where the checkpoint was written."""
+    about, tensors = read_tensors(checkpoint)
+    vars(state).update(about)
+    for name in ("network", "last", "first"):
+        getattr(state, name).load_state_dict(weights_of(name, tensors))
+    for i, draws in enumerate(state.draws):
+        draws.set_state(tensors[f"draws.{i}"])
+    groups = state.optimizer.state_dict()["param_groups"]
+    moments = {i: weights_of(f"optimizer.{i}", tensors) for i in groups[0]["params"]}
+    state.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+
+
+def flattened(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the tensors of several networks in one dict, under the network's name and a dot."""
+    return {f"{name}.{k}": v for name, tensors in parts.items() for k, v in tensors.items()}
+
+
+def weights_of(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return one network's tensors out of what `flattened` returned."""
     prefix = f"{name}."
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def as_json(content: dict) -> str:
-    """JSON, with numpy's numbers as numbers."""
-    return json.dumps(content, indent=1, default=lambda number: number.item())
-
-
-def read_checkpoint(file: Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    """What a checkpoint says of itself, and its tensors; `UserError` where it is damaged or foreign."""
-    try:
-        with safe_open(file, "pt") as content:
-            about = json.loads((content.metadata() or {}).get("dlsr", "{}"))
-            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError) as error:
+def _check(x: np.ndarray, settings: Mapping[str, float]) -> None:
+    if x.ndim != 2 or len(x) < settings["batch_size"]:
         raise UserError(
-            f"The checkpoint {file} is cut short or damaged ({error}). Delete it to train from the start."
-        ) from error
-    if about.get("version") != CHECKPOINT_VERSION:
-        raise UserError(
-            f"The checkpoint {file} was made by another version (format {about.get('version')}, this is "
-            f"{CHECKPOINT_VERSION}). Use that version, or delete it to train from the start."
+            f"Vectors of shape {x.shape} were given; training needs (images, features) and at "
+            f"least a batch of {settings['batch_size']}: give more or a smaller batch_size."
         )
-    return about, tensors
-
-
-def _checked(z0: np.ndarray, settings: TrainingSettings) -> np.ndarray:
-    z0 = np.ascontiguousarray(z0, dtype=np.float32)
-    if z0.ndim != 2:
-        raise UserError(f"Features of shape {z0.shape} were given; (images, features) is needed.")
-    check_finite(z0)
-    if len(z0) < settings.batch_size:
-        raise UserError(
-            f"{len(z0)} images were given to train on, fewer than one batch of {settings.batch_size}; "
-            "give more images or a smaller batch_size."
-        )
-    return z0
-
-
-def _sha256(z0: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(z0).view(np.uint8)).hexdigest()
+    check_finite(x)
+    positive = min(settings[name] for name in ("epochs", "batch_size", "lr")) > 0
+    if not positive or min(settings["weight_decay"], settings["seed"]) < 0:
+        raise UserError(f"{settings} was given; weight_decay and seed may be 0, the others not.")

@@ -1,0 +1,103 @@
+"""The cache: where it lies, and how files in it are named, locked, written whole, hashed once."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from dlsr.errors import UserError
+
+
+def cache_folder() -> Path:
+    """Return ``$DLSR_CACHE``, or the user's cache folder, which outlives any checkout."""
+    from platformdirs import user_cache_dir
+
+    return Path(os.environ.get("DLSR_CACHE") or user_cache_dir("dlsr", appauthor=False))
+
+
+def as_json(content: object) -> str:
+    """Return JSON with sorted keys, with numpy's numbers as numbers."""
+    return json.dumps(content, indent=1, sort_keys=True, default=lambda number: number.item())
+
+
+def key(**settings: object) -> str:
+    """Return 20 hexadecimal digits that tell these settings from any others."""
+    return hashlib.sha256(as_json(settings).encode()).hexdigest()[:20]
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write(temporary)`` fill a file beside ``path``, then move it into place.
+
+    Raises `UserError` if that fails; what stood at ``path`` before is then untouched.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(
+            f"{path} could not be written ({error}); make room or give permission there, or choose "
+            "another place (DLSR_CACHE names the folder of features and networks)."
+        ) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def locked(path: Path):
+    """Return a context that holds a lock beside ``path``: one process writes, others wait."""
+    from filelock import FileLock
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(f"{path}.lock").acquire()
+    except OSError as error:
+        raise UserError(
+            f"{path.parent} cannot be written to ({error}); set DLSR_CACHE to another folder."
+        ) from error
+
+
+def kept_hash(what: str, files: list[Path], make: Callable[[], str]) -> str:
+    """Return ``make()``, a hash of what files hold, kept until a size or time changes."""
+    stats = [(str(file.resolve()), os.access(file, os.R_OK), file.stat()) for file in files]
+    about = [[*parts, stat.st_size, stat.st_mtime_ns] for *parts, stat in stats]
+    kept = cache_folder() / "hashes" / f"{key(what=what, files=about)}.txt"
+    if not kept.is_file():
+        digest = make()
+        replace_file(kept, lambda temporary: temporary.write_text(digest))
+    return kept.read_text()
+
+
+def file_sha256(file: Path) -> str:
+    """Return a file's sha256; an unchanged file is read once."""
+    return kept_hash("file", [file], lambda: hashlib.sha256(file.read_bytes()).hexdigest())
+
+
+def array_sha256(array) -> str:
+    """Return the sha256 of an array's numbers, shape and type."""
+    head = f"{array.dtype.str}{array.shape}".encode()
+    return hashlib.sha256(head + array.tobytes()).hexdigest()
+
+
+def write_tensors(file: Path, tensors: dict, about: dict) -> None:
+    """Write named tensors, and what ``about`` says of them, into one safetensors file."""
+    from safetensors.torch import save
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    replace_file(file, lambda path: path.write_bytes(save(tensors, {"dlsr": as_json(about)})))
+
+
+def read_tensors(file: Path) -> tuple[dict, dict]:
+    """Return what `write_tensors` wrote: ``about`` and the tensors by their names."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as content:
+            names, about = content.keys(), json.loads(content.metadata()["dlsr"])
+            return about, {name: content.get_tensor(name) for name in names}
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged or not dlsr's ({error}); make it again.") from error
