@@ -1,250 +1,251 @@
-import errno
-import itertools
-import json
-from dataclasses import replace
+import functools
 
 import numpy as np
 import pytest
-from conftest import ROOT, FakeEncoder, image_set, one_sentence, write_folder
+import torch
+from conftest import FakeEncoder, image_set, one_sentence, run_python, write_folder
 
 from dlsr import features as module
-from dlsr.datasets import UserError, load_images
-from dlsr.features import Features, extract, layer_slices, layer_zscore, load, replace_file
+from dlsr.cache import cache_folder
+from dlsr.data import load_images
+from dlsr.errors import UserError
+from dlsr.features import device_kind, extract, layer_slices, layer_zscore, reading_workers
+from dlsr.training import precision_of
+
+quiet = functools.partial(extract, progress=False)
 
 
-def quiet(images, encoder, **options):
-    return extract(images, encoder, progress=False, **options)
-
-
-def disk_full(*_, **__):
-    raise OSError(errno.ENOSPC, "No space left on device")
+def files_of_features():
+    files = (cache_folder() / "features").iterdir()
+    return [file for file in files if file.suffix != ".lock"]
 
 
 # z0
 
 
-def test_layer_slices():
-    assert layer_slices((2, 3, 1)) == [slice(0, 2), slice(2, 5), slice(5, 6)]
-
-
 def test_zscore_by_hand():
     raw = np.array([[1.0, 3.0, 2.0, 4.0, 9.0]], np.float32)
     z0 = layer_zscore(raw, (2, 3))
+    assert layer_slices((2, 3)) == [slice(0, 2), slice(2, 5)]
     first = 1 / (2**0.5 + 1e-5)  # mean 2, deviations -1 and 1, unbiased variance 2
     second = 13**0.5 + 1e-5  # mean 5, deviations -3, -1, 4, unbiased variance 26 / 2
-    np.testing.assert_allclose(z0, [[-first, first, -3 / second, -1 / second, 4 / second]], rtol=1e-6)
+    by_hand = [[-first, first, -3 / second, -1 / second, 4 / second]]
+    np.testing.assert_allclose(z0, by_hand, rtol=1e-6)
     assert z0.dtype == np.float32
 
 
-def test_the_squared_norm_is_the_sum_of_n_minus_1():
-    channels = (24, 32, 56, 160, 448)
-    raw = 5 + 3 * np.random.RandomState(0).randn(20, 720)
-    z0 = layer_zscore(raw, channels)
-    np.testing.assert_allclose((z0**2).sum(1), 715, rtol=1e-4)
-    for layer in layer_slices(channels):
-        np.testing.assert_allclose(z0[:, layer].mean(1), 0, atol=1e-6)
-
-
-def test_zscore_does_not_see_a_layers_scale_and_offset():
+def test_zscore_sees_neither_scale_nor_offset_of_a_layer():
     raw = np.random.RandomState(0).randn(4, 30)
     changed = np.concatenate([raw[:, :10] * 7 + 3, raw[:, 10:] * 0.5 - 1], axis=1)
-    np.testing.assert_allclose(layer_zscore(raw, (10, 20)), layer_zscore(changed, (10, 20)), atol=1e-4)
+    one, other = (layer_zscore(x, (10, 20)) for x in (raw, changed))
+    np.testing.assert_allclose(one, other, atol=1e-4)
+    assert layer_zscore(np.array([[4.0, 4.0, 4.0, 1.0, 2.0]]), (3, 2))[0, :3].tolist() == [0, 0, 0]
+    whole = layer_zscore(np.random.RandomState(0).randn(20, 720), (24, 32, 56, 160, 448))
+    np.testing.assert_allclose((whole**2).sum(1), 715, rtol=1e-4)  # the sum of n - 1
 
 
-def test_a_constant_layer_becomes_zeros():
-    raw = np.array([[4.0, 4.0, 4.0, 1.0, 2.0]])
-    assert layer_zscore(raw, (3, 2))[0, :3].tolist() == [0, 0, 0]
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (lambda: layer_zscore(np.where(np.eye(5, 4), np.nan, 1), (2, 2)), "4 of 5 images"),
+        (lambda: layer_zscore(np.where(np.eye(5, 4), -np.inf, 1), (2, 2)), "4 of 5 images"),
+        (lambda: layer_zscore(np.ones((5, 4)), (2, 3)), r"\(5, 4\).*\(2, 3\)"),
+        (lambda: quiet(image_set(), FakeEncoder()).raw("max"), "gap, grid14"),
+        (lambda: quiet(image_set(), FakeEncoder(), device="gpu"), "device='gpu'"),
+        (lambda: quiet(image_set(), FakeEncoder(), resolution="large"), "native"),
+        (lambda: quiet(image_set(), FakeEncoder(), on_error="ignore"), "raise or skip"),
+    ],
+)
+def test_what_makes_no_features_is_refused_in_one_sentence(call, told):
+    with pytest.raises(UserError, match=told) as error:
+        call()
+    one_sentence(error)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_nan_is_refused_with_a_count(bad):
-    raw = np.random.RandomState(0).randn(5, 4)
-    raw[[1, 3], 2] = bad
-    with pytest.raises(UserError, match="2 of 5 images"):
-        layer_zscore(raw, (2, 2))
+# Extraction and the cache
 
 
-def test_another_width_is_refused():
-    with pytest.raises(UserError, match=r"4 columns.*\(2, 3\) need 5"):
-        layer_zscore(np.zeros((1, 4)), (2, 3))
+def test_features_are_the_encoders_output_in_order(encoder):
+    found = quiet(image_set(5), encoder, batch_size=2)
+    alone = [quiet(image_set(5).take([i]), FakeEncoder()) for i in range(5)]
+    assert found.values.shape == (5, 2, 12)
+    np.testing.assert_allclose(found.values, np.concatenate([one.values for one in alone]))
+    assert np.array_equal(found.raw(), found.values[:, 0])
+    assert np.array_equal(found.raw("grid14"), found.values[:, 1])
+    np.testing.assert_array_equal(found.z0("grid14"), layer_zscore(found.values[:, 1], (3, 4, 5)))
+    assert (found.encoder, found.weights_sha256, found.device) == ("fake", "a" * 64, "cpu")
+    assert (list(found.ids), list(found.labels)) == (image_set(5).ids, image_set(5).labels)
 
 
-def test_poolings_are_told_apart(encoder):
-    features = quiet(image_set(), encoder)
-    assert np.array_equal(features.raw("gap"), features.values[:, 0])
-    assert np.array_equal(features.raw("grid14"), features.values[:, 1])
-    assert not np.array_equal(features.raw("gap"), features.raw("grid14"))
-    np.testing.assert_array_equal(features.z0("grid14"), layer_zscore(features.values[:, 1], (3, 4, 5)))
-    with pytest.raises(UserError, match="gap, grid14"):
-        features.raw("max")
-
-
-# The cache
-
-
-def test_a_second_call_reads_the_cache_by_memory_map(encoder):
-    first = quiet(image_set(), encoder)
-    second = quiet(image_set(), encoder)
+def test_a_second_call_reads_the_cache_by_memory_map_and_refuses_a_damaged_file(encoder, tmp_path):
+    folder = write_folder(tmp_path / "photos")
+    first = quiet(str(folder), encoder)
+    second = quiet(load_images(folder), FakeEncoder(stop=None, after=0))  # it may not be called
     assert encoder.images == 6
     assert isinstance(second.values, np.memmap)
-    assert second.values.shape == (6, 2, 12)
-    assert second.values.dtype == np.float32
     assert np.array_equal(first.values, second.values)
-    assert second.ids == [f"image{i}" for i in range(6)]
-    assert second.labels == ["0", "1"] * 3
-    assert second.channels == (3, 4, 5)
-    assert second.images_per_second > 0
+    (file,) = files_of_features()
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(UserError, match="damaged") as error:
+        quiet(folder, encoder)
+    assert str(file) in one_sentence(error)
 
 
-def test_features_are_the_models_output_in_order(encoder):
-    features = quiet(image_set(5), encoder, batch_size=2)
-    alone = [quiet(image_set(5).take(np.array([i])), FakeEncoder(), batch_size=1) for i in range(5)]
-    np.testing.assert_allclose(features.values, np.concatenate([one.values for one in alone]), rtol=1e-6)
+def with_about(**about):
+    encoder = FakeEncoder()
+    encoder.about |= about
+    return encoder
 
 
-def test_the_key_tells_weights_images_and_chain(encoder):
-    base = quiet(image_set(), encoder).key
-    others = [
-        quiet(image_set(), FakeEncoder(sha256="b" * 64)).key,
-        quiet(image_set(seed=1), encoder).key,
-        quiet(image_set(), encoder, protocol="matched", id_size=(3, 3)).key,
-        replace(base, encoder="another.in1k"),
-        replace(base, layers=(1, 2)),
-        replace(base, transform_version=base.transform_version + 1),
-    ]
-    folders = {key.folder() for key in (base, *others)}
-    assert len(folders) == 7
-    assert encoder.images == 18
+@pytest.mark.parametrize(
+    ("changes", "other"),
+    [
+        ({"encoder": FakeEncoder(sha256="b" * 64)}, True),
+        ({"encoder": FakeEncoder(identity=("blocks.6.1",))}, True),  # of the same weights file
+        ({"encoder": with_about(tag="another")}, True),
+        ({"encoder": with_about(layers=(1, 2))}, True),
+        ({"images": image_set(seed=1)}, True),
+        ({"images": image_set().take([1, 0, 2, 3, 4, 5])}, True),
+        ({"resolution": "matched", "id_size": (3, 3)}, True),
+        ({"chain": [(3, 3, "box"), (224, 224)]}, True),
+        ({"images": image_set(name="another")}, False),
+        ({"resolution": "matched", "id_size": (6, 5)}, False),  # the images' own size
+        ({"batch_size": 2}, False),
+    ],
+)
+def test_features_are_kept_by_what_they_are_made_from(changes, other, encoder):
+    """What changes them makes the encoder see the six images again."""
+    quiet(image_set(), FakeEncoder())
+    changes = {"images": image_set(), "encoder": encoder} | changes
+    quiet(**changes)
+    assert changes["encoder"].images == 6 * other
 
 
-def test_the_key_does_not_tell_a_sets_name(encoder):
-    assert quiet(image_set(name="a"), encoder).key == quiet(image_set(name="b"), encoder).key
-    assert encoder.images == 6
-
-
-def test_a_set_of_the_id_size_is_the_same_in_both_protocols(encoder):
-    native = quiet(image_set(), encoder)
-    matched = quiet(image_set(), encoder, protocol="matched", id_size=(6, 5))
-    assert native.key == matched.key
-    assert encoder.images == 6
-
-
-def test_matched_changes_what_the_model_sees(encoder):
-    native = quiet(image_set(size=(30, 30)), encoder)
-    matched = quiet(image_set(size=(30, 30)), encoder, protocol="matched", id_size=(4, 4))
+def test_the_chain_changes_what_the_encoder_sees(encoder):
+    images, smaller = image_set(size=(30, 30)), {"resolution": "matched", "id_size": (4, 4)}
+    native, matched = quiet(images, encoder), quiet(images, encoder, **smaller)
     assert np.abs(native.values - matched.values).max() > 0.1
+    again = quiet(images, encoder, chain=[(4, 4), (224, 224)])
+    assert np.array_equal(again.values, matched.values)
 
 
-def test_a_subset_takes_its_rows_from_the_whole_set(encoder):
-    images = image_set(20)
-    whole = quiet(images, encoder)
-    part = images.subset(7)
-    features = quiet(part, encoder)
-    assert encoder.images == 20
-    assert features.ids == part.ids
-    assert features.labels == part.labels
-    assert np.array_equal(features.values, whole.values[part.rows])
-    assert np.array_equal(features.rows, np.arange(7))
+# Devices
 
 
-def test_a_subset_alone_is_extracted_alone(encoder):
-    part = image_set(20).subset(7)
-    assert quiet(part, encoder).ids == part.ids
-    assert encoder.images == 7
+def test_cuda_0_counts_as_cuda():
+    assert [device_kind(d) for d in ("cuda", "cuda:0", "cpu")] == ["cuda", "cuda", "cpu"]
+    assert [reading_workers(d, 8) for d in ("cuda", "cuda:1", "cpu")] == [8, 8, 0]
+    assert reading_workers("cuda:0", 64) == 16
+    assert module.pick_device() == "cpu"
+    assert module.pick_device("cuda:1") == "cuda:1"
+    assert [precision_of(d) for d in ("cuda", "cuda:0", "cpu")] == ["bf16", "bf16", "float32"]
 
 
-def test_an_unknown_on_error_is_refused(encoder):
-    with pytest.raises(UserError, match="raise, skip"):
-        quiet(image_set(), encoder, on_error="ignore")
+class Absent(FakeEncoder):
+    """An encoder whose device is not in this machine."""
+
+    def to(self, device):
+        raise RuntimeError("no such device")
 
 
-# Interruptions
+def test_features_of_cuda_0_and_cuda_share_a_key_and_those_of_the_cpu_have_another(monkeypatch):
+    monkeypatch.setattr(module, "reading_workers", lambda device, cores: 0)
+
+    def names_on(device):
+        with pytest.raises(RuntimeError, match="no such device"):
+            quiet(image_set(), Absent(), device=device)
+        return {file.stem for file in files_of_features()}
+
+    first = names_on("cuda:0")
+    assert len(first) == 1
+    assert names_on("cuda") == names_on("cuda:1") == first
+    assert len(names_on("cpu")) == 2
 
 
-@pytest.fixture
-def small_parts(monkeypatch):
-    monkeypatch.setattr(module, "PART", 4)
+def test_reading_processes_are_spawned_once_and_read_the_same(encoder, tmp_path, monkeypatch):
+    """Forked from a process that uses CUDA they would fail, or stand still."""
+    images, loaders = load_images(write_folder(tmp_path / "photos", 9)), []
+
+    class SpyLoader(module.DataLoader):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            loaders.append(self)
+
+    expected = quiet(images, encoder, batch_size=2)
+    monkeypatch.setattr(module, "DataLoader", SpyLoader)
+    monkeypatch.setattr(module, "reading_workers", lambda device, cores: 1)
+    monkeypatch.setenv("DLSR_CACHE", str(tmp_path / "fresh"))
+    found = quiet(images, FakeEncoder(), batch_size=2)
+    assert np.array_equal(found.values, expected.values)
+    ((workers, context),) = ((one.num_workers, one.multiprocessing_context) for one in loaders)
+    assert (workers, context.get_start_method()) == (1, "spawn")
 
 
-def interrupted(images, batches):
-    """Parts of 4 in batches of 2, killed after so many batches."""
-    with pytest.raises(KeyboardInterrupt):
-        quiet(images, FakeEncoder(fail_after=batches), batch_size=2)
+def test_features_are_computed_in_whole_float32(encoder, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    quiet(image_set(), encoder)
+    assert torch.backends.cudnn.allow_tf32 is False
+    assert torch.backends.cuda.matmul.allow_tf32 is False
 
 
-def test_a_killed_run_leaves_nothing_that_looks_finished_and_is_resumed(small_parts, encoder, monkeypatch):
-    images = image_set(10)
-    interrupted(images, 3)  # the first part and half of the second
-    folders = list((module.cache_folder() / "features").iterdir())
-    assert len(folders) == 1
-    assert not (folders[0] / "features.json").exists()
-    resumed = quiet(images, encoder, batch_size=2)
-    assert encoder.images == 6
-    monkeypatch.setenv("DLSR_CACHE", "fresh")
-    np.testing.assert_array_equal(resumed.values, quiet(images, FakeEncoder(), batch_size=2).values)
-    assert sorted(p.name for p in folders[0].iterdir()) == ["features.json", "features.npy", "rows.npy"]
+# Two processes, and interruptions
+
+EXTRACT = """
+import os, signal
+import numpy as np
+from conftest import FakeEncoder, image_set
+from dlsr.features import extract
+
+def run(name, cache, after):
+    os.environ["DLSR_CACHE"] = cache
+    encoder = FakeEncoder(after=after, stop=lambda: os.kill(os.getpid(), signal.SIGKILL))
+    found = extract(image_set(1100, size=(4, 4)), encoder, progress=False)
+    np.save(name, np.append(np.ravel(found.values), encoder.images))
+
+processes = []
+for arguments in (("one", "shared", -1), ("other", "shared", -1), ("never", "killed", 33)):
+    processes.append(os.fork())
+    if not processes[-1]:
+        run(*arguments)
+        os._exit(0)
+ends = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+assert ends == [0, 0, -signal.SIGKILL], ends
+"""
 
 
-def test_a_part_cut_short_is_done_again(small_parts, encoder):
-    images = image_set(10)
-    interrupted(images, 4)
-    parts = sorted((module.cache_folder() / "features").rglob("*.npz"))
-    assert len(parts) == 2
-    parts[0].write_bytes(parts[0].read_bytes()[:-30])
-    features = quiet(images, encoder, batch_size=2)
-    assert encoder.images == 6  # the first part and the third
-    assert len(features) == 10
+@pytest.fixture(scope="module")
+def extracted(tmp_path_factory):
+    """Return a folder in which two processes extracted one set at once, and a third was killed."""
+    folder = tmp_path_factory.mktemp("extracted")
+    assert run_python(EXTRACT, folder) == 0
+    return folder
 
 
-@pytest.mark.parametrize("name", ["features.npy", "rows.npy", "features.json"])
-def test_a_finished_file_cut_short_is_refused(name, encoder):
-    folder = quiet(image_set(), encoder).key.folder()
-    (folder / name).write_bytes((folder / name).read_bytes()[:-20])
-    with pytest.raises(UserError, match="cut short or damaged") as error:
-        quiet(image_set(), encoder)
-    text = one_sentence(error)
-    assert "Delete that folder" in text
-    assert str(folder) in text
+def resumed_or_read(cache, monkeypatch):
+    """Return the values of the processes' set by this cache, and how many images it lacked."""
+    monkeypatch.setenv("DLSR_CACHE", str(cache))
+    encoder = FakeEncoder()
+    return quiet(image_set(1100, size=(4, 4)), encoder).values, encoder.images
 
 
-def test_a_full_disk_loses_no_finished_part(small_parts, encoder, monkeypatch):
-    images = image_set(10)
-    calls = itertools.count()
-    savez = np.savez
-    monkeypatch.setattr(
-        module.np, "savez", lambda *a, **k: savez(*a, **k) if next(calls) < 2 else disk_full()
-    )
-    with pytest.raises(UserError, match="No space left") as error:
-        quiet(images, FakeEncoder(), batch_size=2)
-    assert "DLSR_CACHE" in one_sentence(error)
-    monkeypatch.setattr(module.np, "savez", savez)
-    assert len(quiet(images, encoder, batch_size=2)) == 10
-    assert encoder.images == 2
+def test_two_processes_may_extract_one_set_at_the_same_time(extracted, tmp_path, monkeypatch):
+    """Both succeed and agree, one of them does the work, and a later run agrees too."""
+    one, other = (np.load(extracted / f"{name}.npy") for name in ("one", "other"))
+    assert {one[-1], other[-1]} == {0, 1100}
+    assert np.array_equal(one[:-1], other[:-1])
+    later, lacked = resumed_or_read(extracted / "shared", monkeypatch)
+    assert lacked == 0
+    assert np.array_equal(np.ravel(later), one[:-1])
+    alone, _ = resumed_or_read(tmp_path / "fresh", monkeypatch)
+    assert np.array_equal(alone, later)
 
 
-def test_a_disk_full_at_the_last_file_loses_nothing(small_parts, encoder, monkeypatch):
-    images = image_set(10)
-    with monkeypatch.context() as patched:
-        patched.setattr(module.np.lib.format, "open_memmap", disk_full)
-        with pytest.raises(UserError, match="No space left"):
-            quiet(images, FakeEncoder(), batch_size=2)
-    assert len(quiet(images, encoder, batch_size=2)) == 10
-    assert encoder.images == 0
-
-
-def test_replace_file_leaves_the_old_file_when_writing_fails(tmp_path):
-    file = tmp_path / "new" / "file.txt"
-    replace_file(file, lambda path: path.write_text("old"))
-
-    def fail(path):
-        path.write_text("half")
-        disk_full()
-
-    with pytest.raises(UserError, match=r"file\.txt could not be written .*No space") as error:
-        replace_file(file, fail)
-    one_sentence(error)
-    assert file.read_text() == "old"
-    assert list(file.parent.iterdir()) == [file]
+def test_a_killed_extraction_goes_on_to_the_identical_features(extracted, tmp_path, monkeypatch):
+    """The process was killed after 1,056 images, without a chance to tidy up."""
+    assert not list((extracted / "killed").rglob("*.npy"))
+    resumed, lacked = resumed_or_read(extracted / "killed", monkeypatch)
+    assert lacked == 1100 - 1056
+    assert np.array_equal(resumed, resumed_or_read(tmp_path / "fresh", monkeypatch)[0])
 
 
 # Unreadable images
@@ -252,244 +253,52 @@ def test_replace_file_leaves_the_old_file_when_writing_fails(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Six images, of which 001.png and 004.png are cut short."""
+    """Return six images, of which 001.png and 004.png are cut short."""
     folder = write_folder(tmp_path / "photos")
     for name in ("001.png", "004.png"):
         (folder / name).write_bytes((folder / name).read_bytes()[:40])
     return folder
 
 
-def test_an_unreadable_image_stops_the_run_by_name(folder, encoder):
-    with pytest.raises(UserError, match=r"001\.png") as error:
-        quiet(load_images(folder), encoder)
-    one_sentence(error)
-
-
-def test_an_image_that_vanished_is_told_by_name(tmp_path, encoder):
-    images = load_images(write_folder(tmp_path / "photos", 3))
-    (tmp_path / "photos" / "001.png").unlink()
-    with pytest.raises(UserError, match=r"001\.png"):
-        images.image(1)
-    with pytest.raises(UserError, match=r"001\.png"):
-        quiet(images, encoder)
-
-
-def test_unreadable_images_may_be_skipped_and_are_counted(folder, encoder, capsys):
-    features = quiet(load_images(folder), encoder, on_error="skip", batch_size=2)
-    assert features.ids == ["000.png", "002.png", "003.png", "005.png"]
-    assert features.rows.tolist() == [0, 2, 3, 5]
-    assert len(features.values) == 4
-    told = capsys.readouterr().out
-    assert "2 of the 6" in told
-    assert "001.png, 004.png" in told
-
-
-def test_skipped_images_are_not_passed_over_in_silence_later(folder, encoder, capsys):
+def test_unreadable_images_stop_the_run_by_name_or_are_skipped(folder, encoder, capsys):
+    """The cache does not make them be passed over in silence later."""
     for _ in range(2):
-        quiet(load_images(folder), encoder, on_error="skip")
-        assert "2 of the 6" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"2 of the 6 images .*001\.png") as error:
-        quiet(load_images(folder), encoder, on_error="raise")
-    one_sentence(error)
+        with pytest.raises(UserError, match=r"001\.png") as error:
+            quiet(folder, encoder)
+        assert "skip" in one_sentence(error)
+        found = quiet(folder, encoder, on_error="skip", batch_size=2)
+        assert list(found.ids) == ["000.png", "002.png", "003.png", "005.png"]
+        assert found.rows.tolist() == [0, 2, 3, 5]
+        assert (len(found), found.values.shape) == (4, (4, 2, 12))
+        told = capsys.readouterr().err
+        assert "2 of 6" in told
+        assert "001.png" in told
 
 
-def test_a_subset_without_the_skipped_images_comes_from_the_cache(folder, encoder):
-    images = load_images(folder)
-    quiet(images, encoder, on_error="skip")
-    features = quiet(images.take(np.array([2, 5])), encoder)
-    assert features.ids == ["002.png", "005.png"]
-    assert encoder.images == 4
-    with pytest.raises(UserError, match=r"004\.png"):
-        quiet(images.take(np.array([2, 4])), encoder)
+def test_take_of_a_skipped_row_raises_instead_of_returning_its_neighbour(folder, encoder):
+    found = quiet(folder, encoder, on_error="skip")
+    part = found.take([5, 2])
+    assert list(part.ids) == ["005.png", "002.png"]
+    assert np.array_equal(part.values, found.values[[3, 1]])
+    assert np.array_equal(np.asarray(part.images.image(0)), np.asarray(found.images.image(3)))
+    assert part.take([1]).ids == ["002.png"]  # counted anew
+    for rows in ([1], [2, 4], [6], [-1]):
+        with pytest.raises(UserError, match="skipped") as error:
+            found.take(rows)
+        one_sentence(error)
 
 
-def test_a_folder_of_only_unreadable_images_is_refused(tmp_path, encoder):
-    folder = write_folder(tmp_path / "photos", 3)
+def test_an_interrupted_run_goes_on_beside_unreadable_images_and_may_not_have_them_alone(folder):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    options = {"batch_size": 2, "on_error": "skip"}
+    with pytest.raises(KeyboardInterrupt):
+        quiet(folder, FakeEncoder(after=2, stop=interrupt), **options)
+    encoder = FakeEncoder()
+    assert quiet(folder, encoder, **options).rows.tolist() == [0, 2, 3, 5]
+    assert encoder.images == 1  # image 5, beside the unreadable 4
     for file in folder.iterdir():
         file.write_bytes(b"")
-    with pytest.raises(UserError, match="None of the 3 images"):
-        quiet(load_images(folder), encoder, on_error="skip")
-    with pytest.raises(UserError, match="None of the 3 images"):
-        quiet(load_images(folder), encoder, on_error="skip")
-
-
-def test_load_wants_shapes_that_agree(encoder):
-    features = quiet(image_set(), encoder)
-    np.save(features.key.folder() / "rows.npy", np.arange(5))
-    with pytest.raises(UserError, match="shapes disagree"):
-        load(features.key, image_set())
-
-
-def test_take_leaves_what_belongs_to_the_extraction(encoder):
-    features = quiet(image_set(), encoder)
-    part = features.take(np.array([1, 4]))
-    assert isinstance(part, Features)
-    assert (part.key, part.channels, part.device) == (features.key, features.channels, features.device)
-    assert part.ids == ["image1", "image4"]
-
-
-# Other code
-
-
-@pytest.fixture
-def hashed(tmp_path, monkeypatch):
-    """The hash of a file that stands in the package's place."""
-    monkeypatch.setattr(module, "__file__", str(tmp_path / "features.py"))
-
-    def hash_of(source, *parts):
-        (tmp_path / "file.py").write_text(source, "utf-8")
-        return module.code_hash.__wrapped__(*(parts or ["file"]))
-
-    return hash_of
-
-
-PLAIN = """import os
-
-
-class Box:
-    def open(self, key):
-        return key + 1
-
-
-def shut(box, text="# no comment"):
-    return text
-"""
-TOLD = '''"""What the file is."""
-
-import os  # for nothing
-
-
-class Box:
-    """A box.
-
-    In two paragraphs.
-    """
-
-    # a comment – with a dash
-
-    def open(self, key):
-        """Open it."""
-        return key + 1   # one more
-
-
-
-def shut(box, text="# no comment"):
-
-    return text
-'''
-
-
-def test_comments_docstrings_and_empty_lines_do_not_change_the_codes_hash(hashed):
-    assert len(hashed(PLAIN)) == 12
-    assert hashed(PLAIN) == hashed(TOLD) == hashed(PLAIN)
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("key + 1", "key + 2"),
-        ("# no comment", "# another"),
-        ("import os", "import io"),
-        ("    return text", "    return  text"),
-    ],
-)
-def test_any_code_changes_the_codes_hash(old, new, hashed):
-    assert hashed(PLAIN.replace(old, new)) != hashed(PLAIN)
-    assert hashed(TOLD.replace(old, new)) == hashed(PLAIN.replace(old, new))
-
-
-def test_one_function_is_hashed_alone(hashed):
-    before = hashed(PLAIN, "file.shut"), hashed(PLAIN, "file.Box"), hashed(PLAIN)
-    changed = PLAIN.replace("key + 1", "key + 2")
-    after = hashed(changed, "file.shut"), hashed(changed, "file.Box"), hashed(changed)
-    assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, False]
-    assert hashed(TOLD, "file.Box") == before[1]
-    assert hashed(PLAIN, "file.shut", "file.Box") not in before
-
-
-def test_the_parts_of_the_features_code_are_there():
-    """A name that is not in its file would silently stand for all of it."""
-    for part in module.CODE:
-        file, _, name = part.partition(".")
-        assert not name or f"def {name}(" in (ROOT / "dlsr" / f"{file}.py").read_text("utf-8")
-
-
-def recorded(features):
-    return json.loads((features.key.folder() / "features.json").read_text())
-
-
-def made_by_other_code(features):
-    file = features.key.folder() / "features.json"
-    file.write_text(json.dumps(recorded(features) | {"code": "0" * 12}))
-
-
-class Turned(FakeEncoder):
-    """The same weights' file, but other values."""
-
-    def build(self):
-        model = super().build()
-        model.weights = -model.weights
-        return model
-
-
-def test_features_of_this_code_are_not_checked(encoder):
-    first = quiet(image_set(12), encoder)
-    assert recorded(first)["code"] == module.code_hash(*module.CODE)
-    assert np.array_equal(quiet(image_set(12), Turned()).values, first.values)
-
-
-@pytest.mark.parametrize("n", [3, 12])
-def test_features_of_other_code_are_kept_where_it_gives_the_same(n, encoder):
-    """Of the first images alone, and once."""
-    first = quiet(image_set(n), encoder)
-    about = recorded(first)
-    made_by_other_code(first)
-    again = quiet(image_set(n), encoder)
-    assert encoder.images == n + min(n, module.SPOT_CHECK)
-    assert np.array_equal(again.values, first.values)
-    assert recorded(first) == about
-    quiet(image_set(n), encoder)
-    assert encoder.images == n + min(n, module.SPOT_CHECK)
-
-
-def test_features_without_a_record_of_their_code_are_checked(encoder):
-    first = quiet(image_set(), encoder)
-    about = recorded(first)
-    (first.key.folder() / "features.json").write_text(
-        json.dumps({name: value for name, value in about.items() if name != "code"})
-    )
-    quiet(image_set(), encoder)
-    assert recorded(first) == about
-
-
-def test_features_of_other_code_are_extracted_again_where_it_gives_others(encoder, capsys):
-    first = quiet(image_set(12), encoder)
-    values = np.array(first.values)
-    made_by_other_code(first)
-    other = Turned()
-    again = quiet(image_set(12), other)
-    assert other.images == module.SPOT_CHECK + 12
-    np.testing.assert_allclose(again.values, -values, rtol=1e-5)
-    assert recorded(again)["code"] == module.code_hash(*module.CODE)
-    assert "extracted again" in capsys.readouterr().out
-    assert np.array_equal(quiet(image_set(12), other).values, again.values)
-    assert other.images == module.SPOT_CHECK + 12
-
-
-def test_the_whole_sets_features_are_checked_before_a_subset_is_taken(encoder):
-    images = image_set(20)
-    made_by_other_code(quiet(images, encoder))
-    part = images.subset(7)
-    again = quiet(part, Turned())
-    alone = quiet(image_set(20, name="b").take(part.rows), Turned(sha256="b" * 64))
-    np.testing.assert_allclose(again.values, alone.values, rtol=1e-5)
-
-
-def test_skipped_images_are_passed_over_in_the_check(folder, encoder):
-    """The first that could be read are looked at."""
-    first = quiet(load_images(folder), encoder, on_error="skip")
-    about = recorded(first)
-    made_by_other_code(first)
-    assert quiet(load_images(folder), encoder, on_error="skip").rows.tolist() == [0, 2, 3, 5]
-    assert recorded(first) == about
-    assert encoder.images == 4 + 4
+    with pytest.raises(UserError, match="6 of 6 images"):
+        quiet(folder, encoder, **options)

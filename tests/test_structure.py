@@ -1,209 +1,140 @@
-"""What holds the parts of the project together: imports, packages, addresses, notebooks."""
+"""What holds the parts of the project together: limits, imports, packages, pages."""
 
 import ast
 import re
-import subprocess
-from dataclasses import fields
+from pathlib import Path
 
 import nbformat
 import pytest
 import yaml
-from conftest import ROOT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from dlsr.benchmarks import ITEMS, REPORTS, Parameters
-from dlsr.chapter import CHAPTER
+import dlsr
 
 try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10, where pytest brings its twin
     import tomli as tomllib
 
+ROOT = Path(__file__).resolve().parents[1]
 ORDER = [
-    "datasets", "encoders", "features", "lfdn", "diffusion", "training", "scores", "metrics", "significance",
-    "detector", "baselines", "rivals", "variants", "recommended", "results", "experiments", "benchmarks",
-    "comparison", "search", "chapter", "findings", "reports", "plots", "cli",
+    "errors", "cache", "downloads", "data", "encoders", "features", "lfdn", "diffusion",
+    "training", "scores", "metrics", "baselines", "detector", "evaluation", "plots", "cli",
 ]  # fmt: skip
-MODULES = sorted((ROOT / "dlsr").glob("*.py"))
-SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PACKAGE, STUDY = sorted(ROOT.glob("dlsr/*.py")), sorted(ROOT.glob("dlsr/study/*.py"))
+TREES = {file: ast.parse(file.read_text("utf-8")) for file in PACKAGE + STUDY}
+NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def tracked(*paths):
-    """The files under git; the quickstart's executed copy, which `make book` makes, is not one."""
-    command = ["git", "ls-files", "-z", *paths]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    return sorted(filter(None, listed.stdout.split("\0")))
+# Limits
 
 
-COPIES = [ROOT / name for name in tracked("book/notebooks")]
+@pytest.mark.parametrize(
+    ("files", "limit"), [("dlsr/*.py", 2000), ("dlsr/study/*.py", 1000), ("tests/*.py", 4500)]
+)
+def test_the_files_are_short(files, limit):
+    lines = {file.name: file.read_text("utf-8").count("\n") for file in ROOT.glob(files)}
+    assert sum(lines.values()) <= limit, lines
 
 
-def files(paths, folder):
-    """Parameters of a test: the files, or one that skips."""
-    missing = pytest.param(None, marks=pytest.mark.skip(reason=f"there are no notebooks in {folder} yet"))
-    return [pytest.param(path, id=path.stem) for path in paths] or [missing]
+def test_no_line_and_no_function_is_too_long():
+    for file, tree in TREES.items():
+        lines = file.read_text("utf-8").splitlines()
+        assert [line for line in lines if len(line) > 100] == [], file
+        nodes = [node for node in ast.walk(tree) if isinstance(node, FUNCTIONS)]
+        assert [n.name for n in nodes if n.end_lineno - n.lineno + 1 > 40] == [], file
 
 
-# Modules
+def test_modules_and_public_functions_have_a_docstring():
+    for file, tree in TREES.items():
+        assert ast.get_docstring(tree), file
+        classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+        nodes = [*tree.body, *(method for one in classes for method in one.body)]
+        public = [n for n in nodes if isinstance(n, FUNCTIONS | ast.ClassDef) and n.name[0] != "_"]
+        silent = [node.name for node in public if not ast.get_docstring(node)]
+        assert set(silent) <= {"forward"}, file  # PyTorch's own contract
+
+
+# Imports
 
 
 def own_imports(tree):
-    """The files of the package that a file imports."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == "dlsr"):
-            name = (node.module or "").removeprefix("dlsr").strip(".")
-            yield from [name.split(".")[0]] if name else [alias.name for alias in node.names]
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "dlsr":
+            parts = node.module.split(".")
+            yield from parts[1:2] or [alias.name for alias in node.names]
         elif isinstance(node, ast.Import):
             yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("dlsr."))
 
 
-@pytest.mark.parametrize("file", files([m for m in MODULES if m.stem != "__init__"], "dlsr"))
-def test_a_file_imports_only_earlier_ones(file):
-    assert file.stem in ORDER
-    for name in own_imports(ast.parse(file.read_text("utf-8"))):
-        if name != "__version__":
-            assert ORDER.index(name) < ORDER.index(file.stem), f"{file.stem} imports {name}"
+def test_a_file_imports_only_earlier_ones():
+    names = [file.stem for file in PACKAGE if file.stem != "__init__"]
+    assert sorted(names) == sorted(ORDER)
+    for file in PACKAGE:
+        place = -1 if file.stem == "__init__" else ORDER.index(file.stem)
+        for name in set(own_imports(TREES[file])) - {"__version__"}:
+            assert ORDER.index(name) < place, f"{file.stem} imports {name}"
 
 
-def test_the_package_itself_imports_none_of_its_files():
-    assert not list(own_imports(ast.parse((ROOT / "dlsr" / "__init__.py").read_text("utf-8"))))
+def test_every_public_name_is_there():
+    assert all(getattr(dlsr, name) is not None for name in dlsr.__all__)
 
 
-# Packages and addresses
-
-
-def project():
-    return tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+# Packages
 
 
 def bounds(requirements):
     parsed = [Requirement(text) for text in requirements]
-    return {canonicalize_name(r.name): str(r.specifier) for r in parsed}
+    return {canonicalize_name(r.name): r.specifier for r in parsed}
 
 
 def test_both_lists_of_packages_are_the_same():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text("utf-8"))["dependencies"]
     plain = [entry for entry in environment if isinstance(entry, str)]
     (by_pip,) = (entry["pip"] for entry in environment if isinstance(entry, dict))
-    by_pip = [entry for entry in by_pip if not entry.startswith(("-", "."))]
-    assert bounds(by_pip) == bounds(project()["dependencies"])
-    assert {Requirement(entry).name for entry in plain} == {"python", "pip"}
-    assert bounds(plain)["python"] == project()["requires-python"]
+    by_pip = [entry for entry in by_pip if not entry.startswith("-")]
+    assert bounds(by_pip) == bounds(PROJECT["project"]["dependencies"])
+    assert bounds(plain)["python"] == PROJECT["project"]["requires-python"]
 
 
-def tracked_texts():
-    for name in tracked():
-        try:
-            yield name, (ROOT / name).read_text("utf-8")
-        except (UnicodeDecodeError, OSError):
-            continue
+def test_the_lock_pins_every_package_within_its_bounds():
+    lines = (ROOT / "requirements.lock").read_text("utf-8").splitlines()
+    locked = bounds(line for line in lines if not line.startswith("#"))
+    extras = PROJECT["project"]["optional-dependencies"]["test"]
+    for name, allowed in bounds(PROJECT["project"]["dependencies"] + extras).items():
+        (pin,) = locked[name]
+        assert pin.operator == "==" and allowed.contains(pin.version), name
 
 
-def test_all_files_name_the_same_repository():
-    texts = dict(tracked_texts())
-    if not texts:
-        pytest.skip("this is no git checkout")
-    address = project()["urls"]["Repository"]
-    assert re.fullmatch(r"https://github\.com/[\w-]+/dlsr", address)
-    found = {
-        (name, match)
-        for name, text in texts.items()
-        for match in re.findall(r"https://github\.com/[\w-]+/dlsr\b", text)
-    }
-    assert found
-    assert [pair for pair in sorted(found) if pair[1] != address] == []
+def test_what_the_package_reads_is_installed_with_it():
+    for package, patterns in PROJECT["tool"]["setuptools"]["package-data"].items():
+        folder = ROOT / package.replace(".", "/")
+        for file in folder.iterdir():
+            if file.is_file() and file.suffix not in (".py", ".pyc"):
+                assert any(file.match(pattern) for pattern in patterns), file
 
 
-def test_every_table_of_results_can_be_downloaded():
-    page = (ROOT / "book" / "downloads.md").read_text("utf-8")
-    offered = re.findall(r"{download}`\S+ <\.\./results/(\S+)>`", page)
-    assert offered
-    there = [*(ROOT / "results").glob("*.csv"), *(ROOT / "results" / "comparison").glob("*.csv")]
-    there += (ROOT / "results").glob("*.json")
-    assert sorted(offered) == sorted(p.relative_to(ROOT / "results").as_posix() for p in there)
+def test_one_version_everywhere():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert citation["version"] == dlsr.__version__
+    assert PROJECT["tool"]["setuptools"]["dynamic"]["version"]["attr"] == "dlsr.__version__"
 
 
-# Notebooks
+# Pages
 
 
-def read(path):
-    return nbformat.read(path, as_version=4)
-
-
-def tags(cell):
-    return cell.metadata.get("tags", [])
-
-
-def code(notebook):
-    return [cell for cell in notebook.cells if cell.cell_type == "code"]
-
-
-@pytest.mark.parametrize("source", files(SOURCES, "notebooks"))
-def test_a_source_holds_no_outputs(source):
-    notebook = read(source)
-    assert code(notebook)
-    assert not any(cell.outputs or cell.execution_count for cell in code(notebook))
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+def test_a_page_is_a_clean_source(file):
+    notebook = nbformat.read(file, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in code)
     assert notebook.metadata.kernelspec["name"] == "python3"
-    assert source.stem in {**ITEMS, **REPORTS, **CHAPTER}
+    assert [line for c in code for line in c.source.splitlines() if len(line) > 79] == []
 
 
-@pytest.mark.parametrize("name", [*ITEMS, *REPORTS, *CHAPTER])
-def test_every_item_and_report_has_a_notebook(name):
-    assert ROOT / "notebooks" / f"{name}.ipynb" in SOURCES
-
-
-def parameter_cells(notebook):
-    return [cell for cell in notebook.cells if "parameters" in tags(cell)]
-
-
-@pytest.mark.parametrize("source", files([s for s in SOURCES if s.stem in ITEMS], "notebooks"))
-def test_a_sources_parameters_are_the_packages(source):
-    (cell,) = parameter_cells(read(source))
-    given = {}
-    for node in ast.parse(cell.source).body:
-        assert isinstance(node, ast.Assign | ast.AnnAssign)
-        target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
-        given[target.id] = type(ast.literal_eval(node.value))
-    assert given == {field.name: type(field.default) for field in fields(Parameters)}
-
-
-@pytest.mark.parametrize("source", files([s for s in SOURCES if s.stem in CHAPTER], "notebooks"))
-def test_a_page_of_the_chapter_has_the_profile_as_its_one_parameter(source):
-    (cell,) = parameter_cells(read(source))
-    (node,) = ast.parse(cell.source).body
-    assert (node.target.id, ast.literal_eval(node.value)) == ("profile", "demo")
-
-
-@pytest.mark.parametrize("source", files([s for s in SOURCES if s.stem in REPORTS], "notebooks"))
-def test_a_report_has_no_parameters(source):
-    assert parameter_cells(read(source)) == []
-
-
-@pytest.mark.parametrize("source", files(SOURCES, "notebooks"))
-def test_a_sources_code_fits_the_page(source):
-    long = [line for cell in code(read(source)) for line in cell.source.splitlines() if len(line) > 79]
-    assert long == []
-
-
-@pytest.mark.parametrize("copy", files(COPIES, "book/notebooks"))
-def test_a_copy_is_its_source_executed_without_error(copy):
-    notebook = read(copy)
-    source = ROOT / "notebooks" / copy.name
-    assert source.is_file()
-    kept = [cell.source for cell in notebook.cells if "injected-parameters" not in tags(cell)]
-    assert kept == [cell.source for cell in read(source).cells]
-    outputs = [output for cell in code(notebook) for output in cell.outputs]
-    assert outputs
-    assert not [output for output in outputs if output.output_type == "error"]
-    assert notebook.metadata.papermill["exception"] is None
-
-
-def test_what_the_module_reads_is_installed_with_it():
-    """An editable install would hide that it is not."""
-    package_data = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"][
-        "package-data"
-    ]["dlsr"]
-    for path in (ROOT / "dlsr").iterdir():
-        if path.is_file() and path.suffix != ".py":
-            assert any(path.match(pattern) for pattern in package_data), path.name
+def test_every_page_is_in_the_book():
+    contents = (ROOT / "book" / "_toc.yml").read_text("utf-8")
+    assert set(re.findall(r"notebooks/(\S+)", contents)) == {file.stem for file in NOTEBOOKS}

@@ -1,42 +1,59 @@
-import errno
-from dataclasses import replace
+import signal
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import Rule, easy_features, one_sentence
-from safetensors.torch import load_file, save_file
+from conftest import Rule, easy_features, one_sentence, run_python
 
 from dlsr import training as module
-from dlsr.datasets import UserError
+from dlsr.cache import cache_folder
 from dlsr.diffusion import noise_schedule
+from dlsr.errors import UserError
+from dlsr.lfdn import LFDN
 from dlsr.training import (
-    TrainingSettings,
-    _Run,
-    checkpoint_file,
     diffusion_loss,
     ema_decay,
-    read_checkpoint,
+    new_state,
+    run_epoch,
+    streams,
     train,
 )
 
-TINY = TrainingSettings(width=8, blocks=1, epochs=4, lr=1e-2, batch_size=8)
+TINY = {"width": 8, "blocks": 1, "epochs": 12, "lr": 1e-2, "batch_size": 8}
 Z0 = easy_features(30, channels=(4, 4))[0]
+BUILD = partial(LFDN, 8, width=8, blocks=1)
 
 
-def quiet(settings=TINY, z0=Z0, **options):
-    return train(z0, settings, device="cpu", progress=False, **options)
-
-
-def weights(network):
-    return {name: value.clone() for name, value in network.state_dict().items()}
+def quiet(z0=Z0, **changes):
+    return train(z0, **TINY | {"device": "cpu", "progress": False} | changes)
 
 
 def same(one, other):
-    return all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
+    weights = other.state_dict()
+    return all(torch.equal(value, weights[name]) for name, value in one.state_dict().items())
 
 
-# Loss and moving average
+@pytest.fixture
+def losses(monkeypatch):
+    """Return the batches that a loss was computed of; number ``losses.stop`` interrupts."""
+
+    class Losses(list):
+        stop = -1
+
+    seen, whole = Losses(), module.diffusion_loss
+
+    def listen(network, z0, t, noise):
+        if len(seen) == seen.stop:
+            raise KeyboardInterrupt
+        seen.append(z0)
+        return whole(network, z0, t, noise)
+
+    monkeypatch.setattr(module, "diffusion_loss", listen)
+    return seen
+
+
+# Loss, moving average, one step
 
 
 def test_the_loss_by_hand():
@@ -46,301 +63,188 @@ def test_the_loss_by_hand():
     t = torch.tensor([0, 99])
     loss = diffusion_loss(Rule(lambda z, t: z + t[:, None]), z0, t, noise).item()
     alpha_bar, errors = noise_schedule().tolist(), []
-    for i in range(2):
-        for j in range(2):
-            a = alpha_bar[int(t[i])]
-            z_t = a**0.5 * float(z0[i, j]) + (1 - a) ** 0.5 * float(noise[i, j])
-            errors.append((float(z0[i, j]) - z_t - int(t[i])) ** 2)
+    for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        a = alpha_bar[int(t[i])]
+        z_t = a**0.5 * float(z0[i, j]) + (1 - a) ** 0.5 * float(noise[i, j])
+        errors.append((float(z0[i, j]) - z_t - int(t[i])) ** 2)
     assert loss == pytest.approx(sum(errors) / 4, rel=1e-5)
+    assert diffusion_loss(Rule(lambda z, t: z0), z0, t, noise) == 0
 
 
-def test_a_network_that_knows_z0_has_no_loss():
-    z0 = torch.randn(3, 5)
-    assert diffusion_loss(Rule(lambda z, t: z0), z0, torch.tensor([0, 5, 99]), torch.randn(3, 5)) == 0
+def noisy_loss(network, z0, draws):
+    """Return the loss of training: timesteps are drawn first, then noise."""
+    t = torch.randint(100, (len(z0),), generator=draws)
+    return diffusion_loss(network, z0, t, torch.randn(z0.shape, generator=draws))
 
 
-@pytest.mark.parametrize(
-    ("updates", "decay"),
-    [(1, 2 / 11), (2, 3 / 12), (90, 91 / 100), (89_989, 89_990 / 89_999), (10**6, 0.9999)],
-)
-def test_ema_decay(updates, decay):
-    assert ema_decay(updates) == pytest.approx(decay, rel=1e-12)
-
-
-def test_the_moving_average_against_a_twin():
-    run = _Run(Z0, TINY, "cpu")
-    twin = {name: value.double() for name, value in weights(run.network).items()}
-    for n in range(1, 6):
-        run.step(run.z0[:8])
-        decay = min(0.9999, (1 + n) / (10 + n))
-        for name, value in run.network.state_dict().items():
-            twin[name] = decay * twin[name] + (1 - decay) * value.double()
-    for name, value in run.ema.state_dict().items():
-        torch.testing.assert_close(value.double(), twin[name], atol=1e-6, rtol=1e-5)
-    assert not same(run.ema, run.network)
-
-
-def test_a_step_is_adamw_on_the_loss():
-    """A twin with torch's plain AdamW, on the same draws."""
-    run = _Run(Z0, TINY, "cpu")
-    twin = _Run(Z0, TINY, "cpu").network
-    optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-2, weight_decay=1e-4, foreach=False)
-    picks = torch.Generator().manual_seed(TINY.seed)
-    for _ in range(3):
-        loss = run.step(run.z0[:8])
-        t = torch.randint(100, (8,), generator=picks)
-        noise = torch.randn((8, 8), generator=picks)
-        expected = diffusion_loss(twin, run.z0[:8], t, noise)
+def test_an_epoch_is_adamw_on_the_loss_and_its_moving_average():
+    """A twin takes torch's plain AdamW on the same draws, and averages in float64."""
+    rates = {"lr": 1e-2, "weight_decay": 1e-4}
+    state, twin = (new_state(BUILD, 0, "cpu", **rates) for _ in range(2))
+    x, batches = torch.from_numpy(Z0), torch.arange(30).split(8)
+    run_epoch(state, x, batches, noisy_loss, ema_decay)
+    optimizer = torch.optim.AdamW(twin.network.parameters(), **rates, foreach=False)
+    averaged = {name: value.double() for name, value in twin.network.state_dict().items()}
+    total = 0.0
+    for n, rows in enumerate(batches, start=1):
+        loss = noisy_loss(twin.network, x[rows], twin.draws[-1])
         optimizer.zero_grad()
-        expected.backward()
+        loss.backward()
         optimizer.step()
-        assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+        total += loss.item() * len(rows) / 30  # weighted by the batches' sizes
+        decay = min(0.9999, (1 + n) / (10 + n))
+        for name, value in twin.network.state_dict().items():
+            averaged[name] = decay * averaged[name] + (1 - decay) * value.double()
+    assert state.losses == [pytest.approx(total, rel=1e-4)]
+    for name, value in state.network.state_dict().items():
+        torch.testing.assert_close(value, twin.network.state_dict()[name], atol=1e-5, rtol=1e-4)
+    for name, value in state.last.state_dict().items():
+        torch.testing.assert_close(value.double(), averaged[name], atol=1e-5, rtol=1e-4)
+    assert same(state.first, state.last)
+    run_epoch(state, x, batches, noisy_loss, ema_decay)
+    assert not same(state.first, state.last)  # it stays the first epoch's
 
 
-def test_an_epoch_takes_every_image_once(monkeypatch):
-    run, seen = _Run(Z0, TINY, "cpu"), []
+def test_an_epoch_takes_every_image_once_in_another_order(losses):
+    quiet(epochs=2)
+    assert [len(batch) for batch in losses] == [8, 8, 8, 6] * 2
+    first, second = (torch.cat(losses[i : i + 4]).tolist() for i in (0, 4))
+    assert sorted(first) == sorted(second) == sorted(Z0.tolist())
+    assert first != second != Z0.tolist() != first
 
-    def step(z0):
-        seen.append(z0)
-        return z0.new_tensor(float(len(z0)))
 
-    monkeypatch.setattr(run, "step", step)
-    run.epoch()
-    assert [len(batch) for batch in seen] == [8, 8, 8, 6]
-    rows = torch.cat(seen)
-    assert not torch.equal(rows, run.z0)
-    assert {tuple(row) for row in rows.tolist()} == {tuple(row) for row in run.z0.tolist()}
-    assert run.losses == [pytest.approx((3 * 8 * 8 + 6 * 6) / 30)]  # weighted by the batches' sizes
+# Seeds
+
+
+def test_the_seeds_of_the_streams_are_pinned():
+    """Another mapping gives other networks from the same seed: it may change once, with seeding."""
+    assert streams(0) == [4334430513956379144, 2440950710608614359, 8226343694796210948]
+    assert streams(1) == [4215923173971654960, 2021340933837429789, 637987770806161565]
+
+
+def test_weights_order_and_noise_come_from_separate_streams_of_one_seed():
+    assert len({*streams(0), *streams(1), *streams(2**32 + 5)}) == 9
+    weights, order, noise = streams(3)
+    state = new_state(BUILD, 3, "cpu", lr=1e-2)
+    assert [draws.initial_seed() for draws in state.draws] == [order, noise]
+    torch.manual_seed(weights)
+    assert same(BUILD(), state.network)
+    torch.manual_seed(noise)
+    assert not same(BUILD(), state.network)
+
+
+def test_training_is_repeatable_and_the_seed_matters(monkeypatch):
+    torch.manual_seed(5)
+    before, first, other = torch.get_rng_state(), quiet(), quiet(seed=1)
+    assert torch.equal(before, torch.get_rng_state())  # the global state is untouched
+    assert first.losses[-1] < 0.9 * first.losses[0]
+    assert first.losses != other.losses
+    check_fresh(first, monkeypatch)
 
 
 # What training gives
 
 
-def test_the_loss_falls():
-    z0 = easy_features(300)[0]
-    losses = quiet(TrainingSettings(width=32, blocks=2, epochs=12, lr=3e-3, batch_size=64), z0).losses
-    assert len(losses) == 12
-    assert losses[0] == pytest.approx(1, abs=0.25)  # a silent network leaves z0's own variance
-    assert losses[-1] < 0.5 * losses[0]
+def test_the_first_network_is_that_of_one_epoch_and_both_are_ready_to_use():
+    whole, one = quiet(), quiet(epochs=1)
+    assert same(whole.first, one.last)
+    assert same(one.first, one.last)
+    assert not same(whole.first, whole.last)
+    for network in (whole.first, whole.last):
+        assert not network.training
+        assert not any(parameter.requires_grad for parameter in network.parameters())
 
 
-def test_training_is_repeatable_and_the_seed_matters():
-    first, again, other = quiet(), quiet(), quiet(replace(TINY, seed=1))
-    assert first.losses == again.losses
-    assert same(first.network, again.network)
-    assert first.losses != other.losses
-    assert not same(first.network, other.network)
+# The cache
 
 
-def test_the_first_epochs_network_is_the_average_after_one_epoch():
-    whole = quiet()
-    one = quiet(replace(TINY, epochs=1))
-    assert same(whole.first_epoch, one.network)
-    assert same(one.first_epoch, one.network)
-    assert not same(whole.first_epoch, whole.network)
-
-
-def test_the_network_is_the_average_and_ready_to_use():
-    run = _Run(Z0, TINY, "cpu")
-    for _ in range(4):
-        run.epoch()
-    trained = quiet()
-    assert same(trained.network, run.ema)
-    assert not trained.network.training
-    assert not any(parameter.requires_grad for parameter in trained.network.parameters())
-    assert trained.vectors_per_second > 0
-    assert trained.settings == TINY
-
-
-def test_the_global_random_state_is_untouched():
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
-    quiet()
-    assert torch.equal(before, torch.get_rng_state())
-
-
-# Checkpoints
-
-
-class Killed(Exception):
-    pass
-
-
-def killed_after(monkeypatch, epochs, file, *, every=1):
-    """A run that dies while it is in the epoch after so many."""
-    whole = _Run.epoch
-
-    def epoch(run):
-        if len(run.losses) == epochs:
-            run.step(run.z0[:8])
-            raise Killed
-        whole(run)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(_Run, "epoch", epoch)
-        with pytest.raises(Killed):
-            quiet(checkpoint=file, checkpoint_every=every)
-
-
-@pytest.mark.parametrize("epochs", [1, 2, 3])
-def test_a_run_cut_off_goes_on_to_the_identical_result(epochs, tmp_path, monkeypatch):
-    file = tmp_path / "new" / "network.safetensors"
-    killed_after(monkeypatch, epochs, file)
-    counted = []
-    whole = _Run.epoch
-    monkeypatch.setattr(_Run, "epoch", lambda run: (counted.append(1), whole(run)))
-    resumed, expected = quiet(checkpoint=file), quiet()
-    assert len(counted) == (4 - epochs) + 4
-    assert resumed.losses == expected.losses
-    assert same(resumed.network, expected.network)
-    assert same(resumed.first_epoch, expected.first_epoch)
-
-
-def test_a_checkpoint_may_be_rarer_than_an_epoch(tmp_path, monkeypatch):
-    file = tmp_path / "network.safetensors"
-    killed_after(monkeypatch, 3, file, every=2)
-    assert len(read_checkpoint(file)[0]["losses"]) == 2
-    assert same(quiet(checkpoint=file).network, quiet().network)
-
-
-def test_a_finished_checkpoint_is_only_read(tmp_path, monkeypatch):
-    file = tmp_path / "network.safetensors"
-    first = quiet(checkpoint=file)
-    content, changed = file.read_bytes(), file.stat().st_mtime_ns
-    monkeypatch.setattr(_Run, "epoch", lambda run: pytest.fail("it trained again"))
-    read = quiet(checkpoint=file)
-    assert same(read.network, first.network)
-    assert same(read.first_epoch, first.first_epoch)
-    assert read.losses == first.losses
-    assert read.vectors_per_second is None
-    assert (file.read_bytes(), file.stat().st_mtime_ns) == (content, changed)
-    assert list(tmp_path.glob("*.safetensors")) == [file]
-
-
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
-def test_a_checkpoint_cut_short_is_refused(share, tmp_path):
-    file = tmp_path / "network.safetensors"
-    quiet(checkpoint=file)
-    file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
-    with pytest.raises(UserError, match="cut short or damaged") as error:
-        quiet(checkpoint=file)
+def test_a_finished_network_is_only_read_and_a_damaged_one_is_refused_by_name(losses):
+    first, trained = quiet(), len(losses)
+    again = quiet(Z0.copy(), device="cpu")
+    assert len(losses) == trained == 12 * 4
+    assert same(first.last, again.last)
+    assert same(first.first, again.first)
+    assert (first.losses, first.seconds) == (again.losses, again.seconds)
+    (file,) = (cache_folder() / "networks").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(UserError, match="damaged") as error:
+        quiet()
     assert str(file) in one_sentence(error)
 
 
-def test_a_checkpoint_of_another_version_is_refused(tmp_path, monkeypatch):
-    file = tmp_path / "network.safetensors"
-    with monkeypatch.context() as patched:
-        patched.setattr(module, "CHECKPOINT_VERSION", 99)
-        quiet(checkpoint=file)
-    with pytest.raises(UserError, match=r"another version \(format 99"):
-        quiet(checkpoint=file)
+def test_networks_are_kept_by_settings_and_content(losses):
+    changes = {"lr": 2e-2, "epochs": 3, "seed": 1, "width": 10, "weight_decay": 0, "z0": Z0 + 1e-6}
+    for name, value in changes.items():
+        quiet(epochs=2)
+        losses.clear()
+        quiet(**{"epochs": 2, name: value})
+        assert losses, name
 
 
-def test_a_foreign_safetensors_file_is_refused(tmp_path):
-    save_file({"a": torch.zeros(2)}, tmp_path / "network.safetensors")
-    with pytest.raises(UserError, match="another version"):
-        quiet(checkpoint=tmp_path / "network.safetensors")
+def check_fresh(resumed, monkeypatch):
+    monkeypatch.setenv("DLSR_CACHE", "fresh")
+    whole = quiet()
+    assert resumed.losses == whole.losses
+    assert same(resumed.first, whole.first)
+    assert same(resumed.last, whole.last)
 
 
-@pytest.mark.parametrize("change", [{"lr": 2e-2}, {"epochs": 9}, {"seed": 1}, {"width": 10}], ids=str)
-def test_a_checkpoint_of_other_settings_is_refused(change, tmp_path):
-    file = tmp_path / "network.safetensors"
-    quiet(checkpoint=file)
-    with pytest.raises(UserError, match="other settings or features"):
-        quiet(replace(TINY, **change), checkpoint=file)
+@pytest.mark.parametrize("epochs", [0, 4, 5, 11])
+def test_an_interrupted_training_goes_on_to_the_identical_networks(epochs, losses, monkeypatch):
+    losses.stop = 4 * epochs + 2
+    with pytest.raises(KeyboardInterrupt):
+        quiet()
+    losses.stop = -1
+    losses.clear()
+    resumed = quiet()
+    assert len(losses) == 4 * (12 - epochs // 5 * 5)
+    check_fresh(resumed, monkeypatch)
 
 
-def test_a_checkpoint_of_other_features_is_refused(tmp_path):
-    file = tmp_path / "network.safetensors"
-    quiet(checkpoint=file)
-    changed = Z0.copy()
-    changed[3, 3] += 1e-6
-    with pytest.raises(UserError, match="other settings or features"):
-        quiet(z0=changed, checkpoint=file)
+KILLED = """
+import os, signal
+from test_training import module, quiet
+
+whole, calls = module.diffusion_loss, []
+
+def deadly(*arguments):
+    calls.append(1)
+    if len(calls) == 4 * 7 + 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return whole(*arguments)
+
+module.diffusion_loss = deadly
+quiet()
+"""
 
 
-def test_a_checkpoint_begun_on_another_device_is_refused_or_resumed(tmp_path, monkeypatch):
-    """CUDA's generator has a state of 16 bytes, the CPU's of 5,056."""
-    file = tmp_path / "network.safetensors"
-    killed_after(monkeypatch, 2, file)
-    about = {"dlsr": module.json.dumps(read_checkpoint(file)[0])}
-    save_file(load_file(file) | {"draws": torch.zeros(16, dtype=torch.uint8)}, file, about)
-    try:
-        assert len(quiet(checkpoint=file).losses) == 4
-    except UserError as error:
-        assert "device" in str(error)
-
-
-def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    file = tmp_path / "network.safetensors"
-    killed_after(monkeypatch, 2, file)
-    content = file.read_bytes()
-
-    def disk_full(tensors, path, metadata):
-        path.write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(module, "save_file", disk_full)
-        with pytest.raises(UserError, match="No space left") as error:
-            quiet(checkpoint=file)
-    assert "DLSR_CACHE" in one_sentence(error)
-    assert file.read_bytes() == content
-    assert list(tmp_path.glob("*safetensors")) == [file]
-    assert same(quiet(checkpoint=file).network, quiet().network)
-
-
-def test_the_checkpoints_place_follows_from_settings_and_features(tmp_path):
-    file = checkpoint_file(Z0, TINY)
-    assert file.parent == tmp_path / "cache" / "networks"
-    assert file == checkpoint_file(Z0.copy(), replace(TINY))
-    others = {checkpoint_file(Z0, replace(TINY, seed=1)), checkpoint_file(Z0 + 1, TINY)}
-    assert len(others | {file}) == 3
-
-
-def test_a_network_of_other_code_is_not_taken(monkeypatch):
-    file, asked = checkpoint_file(Z0, TINY), []
-    monkeypatch.setattr(module, "code_hash", lambda *parts: asked.extend(parts) or "changed")
-    assert checkpoint_file(Z0, TINY) != file
-    assert {"lfdn", "diffusion", "training"} <= set(asked)
+def test_a_killed_training_goes_on_to_the_identical_networks(tmp_path, losses, monkeypatch):
+    """The process was killed in the eighth epoch, without a chance to tidy up."""
+    assert run_python(KILLED, tmp_path) == -signal.SIGKILL
+    resumed = quiet()
+    assert len(losses) == 4 * 7
+    check_fresh(resumed, monkeypatch)
 
 
 # What is refused
 
 
-def test_fewer_images_than_a_batch_are_refused():
-    with pytest.raises(UserError, match=r"30 images .*one batch of 31"):
-        quiet(replace(TINY, batch_size=31))
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_nan_features_are_refused_with_a_count(bad):
-    z0 = Z0.copy()
-    z0[[2, 5], 1] = bad
-    with pytest.raises(UserError, match="2 of 30"):
-        quiet(z0=z0)
-
-
-def test_features_of_one_image_are_refused():
-    with pytest.raises(UserError, match=r"shape \(8,\)"):
-        quiet(z0=Z0[0])
-
-
 @pytest.mark.parametrize(
-    "wrong", [{"epochs": 0}, {"batch_size": 0}, {"lr": 0}, {"weight_decay": -1}, {"seed": -1}], ids=str
+    ("changes", "told"),
+    [
+        ({"batch_size": 31}, r"\(30, 8\).*a batch of 31"),
+        ({"z0": np.vstack([Z0, np.full((2, 8), np.nan)])}, "2 of 32"),
+        ({"z0": Z0[0]}, r"shape \(8,\)"),
+        *(({name: 0}, f"'{name}': 0") for name in ("epochs", "batch_size", "lr")),
+        *(({name: -1}, f"'{name}': -1") for name in ("weight_decay", "seed")),
+        ({"width": 7}, "even width"),
+        ({"lr": 1e30}, "lower lr"),
+        ({"device": "gpu"}, "device='gpu'"),
+    ],
+    ids=str,
 )
-def test_impossible_settings_are_refused(wrong):
-    with pytest.raises(UserError, match=next(iter(wrong))):
-        replace(TINY, **wrong)
-
-
-def test_a_loss_that_blows_up_is_reported(tmp_path):
-    file = tmp_path / "network.safetensors"
-    with pytest.raises(UserError, match="lower lr") as error:
-        quiet(replace(TINY, lr=1e30), checkpoint=file)
+def test_what_cannot_be_trained_is_refused_in_one_sentence(changes, told):
+    with pytest.raises(UserError, match=told) as error:
+        quiet(**changes)
     one_sentence(error)
-    assert not file.exists()
-
-
-def test_the_papers_settings_are_the_defaults():
-    assert TrainingSettings() == TrainingSettings(1440, 16, 150, 1e-4, 1e-4, 128, 0)
+    assert not list((cache_folder() / "networks").glob("*.safetensors"))
