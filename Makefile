@@ -1,16 +1,30 @@
-# make book: executes the quickstart and the reports, and builds the book.  make test: ruff and pytest.
-# Both make .venv first; nothing is redone that is not out of date.
+# make test      ruff and pytest
+# make book      executes every page and builds the book
+# make results PROFILE=pack [ITEM=08_near_ood] [OPTIONS="-p seeds 1"]
+#                measures; the only writer of results/
+# All make .venv first, with the versions of requirements.lock. make LOCK= takes the newest versions
+# that pyproject.toml allows instead. Nothing is redone that is not out of date.
 PYTHON ?= python3
-VENV := .venv
+VENV ?= .venv
+LOCK ?= requirements.lock
 BIN := $(VENV)/bin
-QUICKSTART := book/notebooks/00_quickstart.ipynb
-REPORTS := $(patsubst notebooks/%,book/notebooks/%,$(wildcard notebooks/3*.ipynb))
-CODE := $(wildcard dlsr/*.py dlsr/*.json)
+PAGES := $(patsubst notebooks/%,book/notebooks/%,$(wildcard notebooks/*.ipynb))
+CODE := $(shell find dlsr -type f -not -path '*/__pycache__/*')
+RESULTS := $(shell find results -type f)
+TEXT := $(shell find book -type f -not -path '*/__pycache__/*' -not -path 'book/notebooks/*')
 BOOK := _build/html/index.html
+OLDEST := $(if $(LOCK),11,10)
+# threads that wait for work leave the cores to the page beside
+export OMP_WAIT_POLICY := PASSIVE
+ifeq ($(PROFILE)$(filter results,$(MAKECMDGOALS)),results)
+$(error Say which profile: make results PROFILE=pack)
+endif
 .DELETE_ON_ERROR:
-.PHONY: book test clean
+.PHONY: book test results pages clean
 
-book: $(BOOK)
+book: $(VENV)/installed
+	@$(MAKE) --no-print-directory -j2 pages
+	@$(MAKE) --no-print-directory $(BOOK)
 	@echo "The book lies in $(abspath $(BOOK))"
 
 test: $(VENV)/installed
@@ -18,24 +32,35 @@ test: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
 
-$(VENV)/installed: pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit("dlsr needs Python 3.10 or newer; run: make PYTHON=python3.12" if sys.version_info < (3, 10) else 0)'
+results: $(VENV)/installed
+	$(BIN)/python book/make_results.py --profile $(PROFILE) $(ITEM) $(OPTIONS)
+
+pages: $(PAGES)
+
+$(VENV)/installed: pyproject.toml $(LOCK)
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.$(OLDEST) or newer is needed; run: make PYTHON=python3.12" \
+	  if sys.version_info < (3, $(OLDEST)) else 0)'
 	$(PYTHON) -m venv $(VENV)
+ifeq ($(LOCK),)
 	$(BIN)/python -m pip install --editable ".[test]"
+else
+	$(BIN)/python -m pip install --requirement $(LOCK)
+	$(BIN)/python -m pip install --no-deps --editable .
+endif
 	@touch $@
 
-$(QUICKSTART): notebooks/00_quickstart.ipynb $(CODE) $(VENV)/installed
-	$(BIN)/dlsr run 00_quickstart
-
-# the reports read results/ alone: seconds each
-$(REPORTS): book/notebooks/%.ipynb: notebooks/%.ipynb $(CODE) $(wildcard results/*.csv) $(VENV)/installed
-	$(BIN)/dlsr run $*
+# A page is executed with its default profile, aside, and comes into the book when it succeeded.
+$(PAGES): book/notebooks/%.ipynb: notebooks/%.ipynb $(CODE) $(RESULTS) $(VENV)/installed
+	@mkdir -p book/notebooks _build/pages
+	@echo "$< is executed"
+	@$(BIN)/papermill --kernel python3 --no-progress-bar --log-level WARNING $< _build/pages/$*.ipynb
+	@mv _build/pages/$*.ipynb $@
 
 # -W: a warning fails the build; --all: else numbers glued from other pages may be stale
-$(BOOK): $(QUICKSTART) $(REPORTS) _config.yml $(shell find book results -type f -not -path '*/__pycache__/*') $(VENV)/installed
+$(BOOK): $(PAGES) $(TEXT) $(RESULTS) _config.yml
 	$(BIN)/jupyter-book build -W -n --keep-going --all --path-output . book
 	$(BIN)/python book/check_links.py _build/html
 	@touch $@
 
 clean:
-	rm -rf _build $(QUICKSTART) $(REPORTS)
+	rm -rf _build book/notebooks

@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlsplit
 
 
 class Page(HTMLParser):
-    """The addresses a page links to, and the anchors it has."""
+    """The addresses that a page links to, and the anchors that it has."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class Page(HTMLParser):
 
 
 def broken_links(folder: Path) -> list[str]:
-    """``page -> address`` for each internal address that leads nowhere."""
+    """Return ``page -> address`` for each internal address that leads nowhere."""
     pages = {
         path.resolve(): Page(path.read_text("utf-8"))
         for path in folder.rglob("*.html")
@@ -39,8 +39,8 @@ def broken_links(folder: Path) -> list[str]:
                 continue
             target = (path.parent / unquote(address.path)).resolve() if address.path else path
             anchor = unquote(address.fragment)
-            lost = not target.exists() or (anchor and target in pages and anchor not in pages[target].anchors)
-            if lost:
+            no_anchor = anchor and target in pages and anchor not in pages[target].anchors
+            if no_anchor or not target.exists():
                 broken.append(f"{path.relative_to(folder.resolve())} -> {link}")
     return sorted(set(broken))
 
