@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_configure(config):
-    text = "real_data(*variables): needs data or weights in the folders that these variables name"
-    config.addinivalue_line("markers", text)
+    marker = "real_data(*variables): needs data or weights in the folders that these variables name"
+    config.addinivalue_line("markers", marker)
 
 
 @pytest.fixture(autouse=True)

@@ -33,21 +33,9 @@ def weights_of(tag=TINY, *, seed=0, without=()):
 # Choice and files
 
 
-def test_weights_come_from_the_folder_of_the_environment(monkeypatch, tmp_path):
-    file, weights = tmp_path / f"{TINY}.safetensors", weights_of()
-    monkeypatch.setenv("DLSR_WEIGHTS", str(tmp_path))
-    save_file(weights, file)
-    encoder = create_encoder(TINY)
-    assert torch.equal(encoder.model.state_dict()[LAYER], weights[LAYER])
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    assert (encoder.name, encoder.weights_sha256, encoder.about["tag"]) == (TINY, digest, TINY)
-    assert not any(parameter.requires_grad for parameter in encoder.parameters())
-    assert not encoder.training
-
-
 def test_without_the_hub_there_are_no_weights_and_never_random_ones(monkeypatch, tmp_path):
-    """With the hub, its file is loaded."""
-    asked, weights = [], weights_of()
+    """With the hub its file is loaded, but that in the folder of the environment goes first."""
+    asked, weights, own = [], weights_of(), weights_of(seed=1)
 
     def download(repository, file, **_):
         asked.append((repository, file))
@@ -64,13 +52,19 @@ def test_without_the_hub_there_are_no_weights_and_never_random_ones(monkeypatch,
         assert part in one_sentence(error)
     assert torch.equal(create_encoder(TINY).model.state_dict()[LAYER], weights[LAYER])
     assert asked == [(f"timm/{TINY}", "model.safetensors")] * 2
+    monkeypatch.setenv("DLSR_WEIGHTS", str(tmp_path))
+    save_file(own, tmp_path / f"{TINY}.safetensors")
+    assert torch.equal(create_encoder(TINY).model.state_dict()[LAYER], own[LAYER])
 
 
 def test_another_weights_file_of_the_same_name_gives_other_features(tmp_path):
     pixels, found = torch.from_numpy(random_pixels(1, size=(224, 224))), []
+    file = tmp_path / "weights.safetensors"
     for seed in (0, 1):
-        save_file(weights_of(seed=seed), tmp_path / "weights.safetensors")
-        encoder = create_encoder(TINY, weights=tmp_path / "weights.safetensors")
+        save_file(weights_of(seed=seed), file)
+        encoder = create_encoder(TINY, weights=file)
+        assert encoder.weights_sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+        assert not encoder.training
         found.append((encoder.weights_sha256, encoder(pixels)))
     assert found[0][0] != found[1][0]
     assert (found[0][1] - found[1][1]).abs().max() > 1e-3
@@ -191,9 +185,7 @@ def test_b4_without_its_last_block_has_the_papers_layers(photos):
     assert encoder.channels == (24, 32, 56, 160, 448)
     assert encoder.about["identity"] == ("blocks.6.1",)
     assert isinstance(encoder.model.blocks[6][1], nn.Identity)
-    values = encoder(photos[:1])
-    assert values.shape == (1, 2, 720)
-    assert values.std() > 0
+    assert encoder(photos[:1]).std() > 0
     file = Path(os.environ["DLSR_WEIGHTS"]) / PRESETS[encoder.name]["file"]
     with pytest.raises(UserError, match=r"blocks\.6\.1"):
         create_encoder("efficientnet_b4", weights=file)  # it lacks a block

@@ -63,13 +63,8 @@ def test_settings_are_the_profiles_own_but_for_what_is_named():
     [
         ("large", {}, "'large' was given; this page has read, demo, pack"),
         ("demo", {"epoch": 3}, "epoch=3"),
-        ("demo", {"epochs": "3"}, "epochs='3' .*'epochs': 2"),
-        ("demo", {"epochs": 3.0}, "epochs=3.0"),
-        ("demo", {"epochs": True}, "epochs=True"),
-        ("demo", {"epochs": -1}, "epochs=-1"),
-        ("demo", {"lr": -0.1}, "lr=-0.1"),
-        ("demo", {"encoder": 1}, "encoder=1 .*'encoder': 'small'"),
-        ("demo", {"encoder": None}, "encoder=None"),
+        *(("demo", {"epochs": wrong}, f"epochs={wrong!r}") for wrong in ("3", 3.0, True, -1)),
+        *(("demo", {"encoder": wrong}, f"encoder={wrong!r}") for wrong in (1, None)),
         ("read", {"epochs": 5}, "epochs=5 .*'read'"),
     ],
 )
@@ -83,15 +78,13 @@ def test_wrong_settings_are_refused_in_one_sentence(profile, overrides, told):
 
 
 def test_score_sets_has_a_row_for_each_image_and_seed():
-    images = {name: image_set(4, seed=seed) for seed, name in enumerate("ab")}
+    images = {name: image_set(2, seed=seed) for seed, name in enumerate("ab")}
     features = {n: extract(one, FakeEncoder(), progress=False) for n, one in images.items()}
     scores = lambda one, seed: {"sum": one.raw().sum(1) + seed}  # noqa: E731
     table = evaluation.score_sets(scores, features, ["b", "a"], seeds=2)
-    assert list(table) == ["set", "image", "seed", "sum"]
-    assert table["image"].tolist() == images["a"].ids * 4
-    assert (table["set"] + table["seed"].astype(str)).tolist() == ["b0"] * 4 + ["b1"] * 4 + [
-        "a0"
-    ] * 4 + ["a1"] * 4
+    keys = table[["set", "seed", "image"]].agg(lambda row: " ".join(map(str, row)), axis=1)
+    by_hand = itertools.product("ba", "01", images["a"].ids)
+    assert keys.tolist() == [" ".join(key) for key in by_hand]
     np.testing.assert_allclose(of(table, "a", 1, "sum"), features["a"].raw().sum(1) + 1, rtol=1e-5)
     assert table.attrs["partial"] == {"b": "", "a": ""}
 
@@ -155,25 +148,16 @@ def test_what_cannot_be_evaluated_is_refused_in_one_sentence(options, told):
 
 def test_the_papers_values_stand_beside_and_its_mean_is_over_the_measured_sets():
     """Table 1 prints 97.3 and 99.4 for MSE, and 98.8 as the mean over seven sets."""
-    frame = per_image().rename(columns={"kNN": "VAE"})
-    table = evaluate(frame, id_test=ID, versus="MSE", draws=5)
+    table = evaluate(per_image().rename(columns={"kNN": "VAE"}), id_test=ID, versus="MSE", draws=5)
     both = beside_paper(table, "table 1")
-    printed = paper_values("table 1")
-    printed = printed[(printed["metric"] == "auroc") & (printed["id"] == ID)]
-    by_cell = printed.set_index(["method", "ood"])["value"]
-    for method, same in (("MSE", True), ("VAE", False)):
-        cells = {name: by_cell[method, name] for name in OOD}
-        for name, value in {**cells, "average": np.mean(list(cells.values()))}.items():
+    for method, (svhn, mnist) in {"MSE": (97.3, 99.4), "VAE": (95.9, 99.9)}.items():
+        for name, value in zip([*OOD, "average"], (svhn, mnist, (svhn + mnist) / 2), strict=True):
             row = row_of(both, method=method, ood=name, metric="auroc", versus="")
-            check((row.paper, value))
-            check((row.difference, row.value - value if same else np.nan))
+            same = method == "MSE"  # the VAE of the paper is another one, on pixels
+            check((row.paper, value), (row.difference, row.value - value if same else np.nan))
     assert both.loc[both["versus"] != "", ["paper", "difference"]].isna().all(axis=None)
     pd.testing.assert_frame_equal(both[list(table)], table)
     assert both.attrs == table.attrs
-
-
-def test_the_papers_values_are_numbers_and_a_table_that_it_has_not_is_refused():
-    assert row_of(paper_values("table 8"), method="MFsim", metric="auroc").value == 85.60
     with pytest.raises(UserError, match=r"'table 99'.*table 8") as error:
         paper_values("table 99")
     one_sentence(error)
@@ -255,12 +239,6 @@ def save_often(frame):
         assert len(read_scores("08_x")) == len(frame)
 
 
-def test_scores_that_are_not_there_are_refused_with_a_way_on(project):
-    with pytest.raises(UserError, match="profile 'demo'") as error:
-        read_scores("08_x", profile="paper")
-    assert str(project / "results") in one_sentence(error)
-
-
 def test_committed_scores_are_read_with_their_origin(monkeypatch):
     monkeypatch.chdir(ROOT / "notebooks")
     frame = read_scores("02_celeba")
@@ -275,8 +253,9 @@ def test_committed_scores_are_read_with_their_origin(monkeypatch):
     assert frame.attrs["partial"]["textures/test"].startswith("10 of 47")
     for part in ("commit (not recorded)", frame.attrs["about"]["date"], "seeding v0"):
         assert part in evaluation.origin(frame)
-    with pytest.raises(UserError, match="no committed scores of 02_celeba none"):
+    with pytest.raises(UserError, match=r"no committed scores of 02_celeba none.*'demo'") as error:
         read_scores("02_celeba", "none")
+    one_sentence(error)
 
 
 def test_new_results_say_by_what_they_were_made(tmp_path, monkeypatch):

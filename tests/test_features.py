@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FakeEncoder, image_set, one_sentence, run_python, write_folder
+from test_data import written
 
 from dlsr import features as module
 from dlsr.cache import cache_folder
@@ -35,13 +36,11 @@ def test_zscore_by_hand():
 
 
 def test_zscore_sees_neither_scale_nor_offset_of_a_layer():
-    raw = np.random.RandomState(0).randn(4, 30)
-    changed = np.concatenate([raw[:, :10] * 7 + 3, raw[:, 10:] * 0.5 - 1], axis=1)
-    one, other = (layer_zscore(x, (10, 20)) for x in (raw, changed))
-    np.testing.assert_allclose(one, other, atol=1e-4)
-    assert layer_zscore(np.array([[4.0, 4.0, 4.0, 1.0, 2.0]]), (3, 2))[0, :3].tolist() == [0, 0, 0]
-    whole = layer_zscore(np.random.RandomState(0).randn(20, 720), (24, 32, 56, 160, 448))
-    np.testing.assert_allclose((whole**2).sum(1), 715, rtol=1e-4)  # the sum of n - 1
+    raw, channels = np.random.RandomState(0).randn(20, 720), (24, 32, 56, 160, 448)
+    z0 = layer_zscore(raw, channels)
+    np.testing.assert_allclose((z0**2).sum(1), 715, rtol=1e-4)  # the sum of n - 1
+    np.testing.assert_allclose(layer_zscore(7 * raw + 3, channels), z0, atol=1e-4)
+    assert not layer_zscore(np.full((1, 3), 4.0), (3,)).any()
 
 
 @pytest.mark.parametrize(
@@ -164,7 +163,7 @@ def test_features_of_cuda_0_and_cuda_share_a_key_and_those_of_the_cpu_have_anoth
 
 def test_reading_processes_are_spawned_once_and_read_the_same(encoder, tmp_path, monkeypatch):
     """Forked from a process that uses CUDA they would fail, or stand still."""
-    images, loaders = load_images(write_folder(tmp_path / "photos", 9)), []
+    images, loaders = written(tmp_path, "pack"), []
 
     class SpyLoader(module.DataLoader):
         def __init__(self, *arguments, **options):

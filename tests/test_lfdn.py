@@ -9,18 +9,11 @@ from dlsr.errors import UserError
 from dlsr.lfdn import LFDN, ResidualBlock, sinusoid
 
 
-def test_the_papers_size_and_a_small_one_by_hand():
+def test_the_papers_size():
     with torch.device("meta"):
         network = LFDN(720)
-    assert sum(parameter.numel() for parameter in network.parameters()) / 1e6 == pytest.approx(
-        86.74, abs=0.005
-    )
-    assert len(network.blocks) == 16
-    c, w, blocks = 3, 4, 2
-    block = 2 * w + (w * w + w) + (c * w + w) + 2 * w + (w * w + w)
-    ends = (c * w + w) + (w * c + c) + (c * c + c) + 2 * w + (w * c + c)
-    network = LFDN(c, width=w, blocks=blocks)
-    assert sum(parameter.numel() for parameter in network.parameters()) == blocks * block + ends
+    millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
+    assert (round(millions, 2), len(network.blocks)) == (86.74, 16)
 
 
 def test_a_new_network_says_zero_and_a_new_block_is_the_identity():
