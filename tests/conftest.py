@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from torch import nn
-
 from dlsr.data import ImageSet
 from dlsr.features import layer_zscore
+from PIL import Image
+from torch import nn
 
 os.environ["MPLBACKEND"] = "Agg"
 torch.set_num_threads(1)

@@ -3,17 +3,17 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import easy_features, one_sentence
+from dlsr.baselines import KNN, VAE, AutoEncoder, Gaussian, ResidualNetwork, VariationalNetwork
+from dlsr.errors import UserError
+from dlsr.metrics import auroc
+from dlsr.scores import mfsim
 from scipy.spatial.distance import mahalanobis
 from sklearn.base import clone
 from sklearn.covariance import LedoitWolf
 from sklearn.exceptions import NotFittedError
 from torch import nn
 
-from dlsr.baselines import KNN, VAE, AutoEncoder, Gaussian, ResidualNetwork, VariationalNetwork
-from dlsr.errors import UserError
-from dlsr.metrics import auroc
-from dlsr.scores import mfsim
+from conftest import easy_features, one_sentence
 
 CHANNELS = (16, 16)
 ID, OOD = easy_features(300)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import one_sentence
-
 from dlsr.cache import array_sha256, cache_folder, file_sha256, key, locked, replace_file
 from dlsr.errors import UserError
+
+from conftest import one_sentence
 
 
 def test_the_cache_follows_the_environment(tmp_path, monkeypatch):

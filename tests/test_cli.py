@@ -3,19 +3,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import dlsr
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import easy_features, write_folder
-from PIL import Image
-from torch import nn
-
-import dlsr
 from dlsr import cli
 from dlsr.cli import main
 from dlsr.data import registry
 from dlsr.detector import DLSRDetector
+from PIL import Image
+from torch import nn
+
+from conftest import easy_features, write_folder
 
 SMALL = ["--width", "16", "--blocks", "1", "--epochs", "2"]
 

@@ -15,13 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torchvision.datasets
-from conftest import FakeEncoder, encoded, image_set, one_sentence, random_pixels, write_folder
-from PIL import Image, features
-
 from dlsr import data
 from dlsr.data import ImageSet, from_parquet, load_images, registry, resize, resize_chain
 from dlsr.errors import UserError
 from dlsr.features import extract
+from PIL import Image, features
+
+from conftest import FakeEncoder, encoded, image_set, one_sentence, random_pixels, write_folder
 
 FULL, CIFAR = (224, 224), (32, 32)
 
@@ -128,9 +128,7 @@ def test_every_kind_of_image_becomes_rgb_on_white(pixels, options, seen):
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF", "WEBP"])
-@pytest.mark.parametrize(
-    ("tag", "turn"), [(1, None), (3, "ROTATE_180"), (6, "ROTATE_270"), (8, "ROTATE_90")]
-)
+@pytest.mark.parametrize(("tag", "turn"), [(1, None), (3, "ROTATE_180"), (6, "ROTATE_270"), (8, "ROTATE_90")])
 def test_an_image_is_turned_as_its_exif_tag_says(form, tag, turn):
     """A camera held upright writes lying pixels and tag 6."""
     pixels, exif = random_pixels(1, size=(24, 16))[0], Image.Exif()

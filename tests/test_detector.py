@@ -9,11 +9,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import easy_features, one_sentence
-from safetensors.numpy import save_file
-from sklearn.exceptions import NotFittedError
-from sklearn.utils.estimator_checks import parametrize_with_checks
-
 from dlsr import detector as module
 from dlsr.baselines import KNN, Gaussian
 from dlsr.detector import METHODS, DLSRDetector
@@ -21,6 +16,11 @@ from dlsr.diffusion import ddim_released, fixed_noise, reconstruct
 from dlsr.errors import UserError
 from dlsr.metrics import auroc
 from dlsr.scores import mfsim, mse
+from safetensors.numpy import save_file
+from sklearn.exceptions import NotFittedError
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from conftest import easy_features, one_sentence
 
 CHANNELS = (16, 16)
 ID, OOD = easy_features(300)

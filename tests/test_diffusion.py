@@ -3,8 +3,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import Rule, easy_features, one_sentence
-
 from dlsr.diffusion import (
     T,
     add_noise,
@@ -22,13 +20,13 @@ from dlsr.diffusion import (
 from dlsr.errors import UserError
 from dlsr.lfdn import LFDN
 
+from conftest import Rule, easy_features, one_sentence
+
 SILENT = Rule(lambda z, t: torch.zeros_like(z))
 SAMPLERS = [(ddim_released, 3, 4), (ddim, 20, 1), (one_step, 3, 1), (one_step, 50, 4)]
 
 
-betas = [
-    (math.sqrt(0.0015) + (math.sqrt(0.0195) - math.sqrt(0.0015)) * i / 99) ** 2 for i in range(100)
-]
+betas = [(math.sqrt(0.0015) + (math.sqrt(0.0195) - math.sqrt(0.0015)) * i / 99) ** 2 for i in range(100)]
 ALPHA_BAR = [math.prod(1 - beta for beta in betas[: i + 1]) for i in range(100)]
 
 
@@ -198,9 +196,7 @@ def test_the_native_and_the_matched_view_of_an_image_meet_the_same_noise(t):
         np.testing.assert_allclose(met, noise.expand(9, -1), atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("sampler", "largest"), [(ddim_released, 99), (ddim, 100), (one_step, 100)]
-)
+@pytest.mark.parametrize(("sampler", "largest"), [(ddim_released, 99), (ddim, 100), (one_step, 100)])
 def test_timesteps_out_of_range_are_refused(sampler, largest):
     z0, noise = np.ones((2, 16), np.float32), fixed_noise(101, 16)
     assert np.isfinite(reconstruct(SILENT, z0, sampler, t=largest, noise=noise)).all()

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import one_sentence, random_pixels
+from dlsr.data import resize
+from dlsr.encoders import PRESETS, FrozenEncoder, create_encoder, gap, grid14
+from dlsr.errors import UserError
 from PIL import Image
 from safetensors.torch import save_file
 from sklearn.datasets import load_sample_images
 from torch import nn
 
-from dlsr.data import resize
-from dlsr.encoders import PRESETS, FrozenEncoder, create_encoder, gap, grid14
-from dlsr.errors import UserError
+from conftest import one_sentence, random_pixels
 
 TINY = "test_resnet.r160_in1k"  # timm's own model for tests
 LITE0 = "tf_efficientnet_lite0.in1k"

@@ -3,14 +3,16 @@ import multiprocessing
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, FakeEncoder, image_set, one_sentence
-
 from dlsr import evaluation
 from dlsr.errors import UserError
 from dlsr.evaluation import beside_paper, evaluate, paper_values, provenance, read_scores, settings
 from dlsr.features import extract
 from dlsr.metrics import METRICS, bootstrap, interval
+
+from conftest import ROOT, FakeEncoder, image_set, one_sentence
 
 SIZES = {"cifar10/test": 20, "svhn/test": 15, "mnist/test": 10}
 ID, *OOD = SIZES
@@ -187,10 +189,7 @@ def project(monkeypatch, tmp_path):
 
 def saved(results_dir="", frame=None):
     frame = per_image() if frame is None else frame
-    table, more = (
-        evaluate(frame, id_test=ID, draws=5),
-        frame[["set", "image", "seed", "MSE"]].copy(),
-    )
+    table, more = (evaluate(frame, id_test=ID, draws=5), frame[["set", "image", "seed", "MSE"]].copy())
     more.attrs = frame.attrs | {"partial": {"more/test": "a third"}}
     options = {"profile": "pack", "results_dir": results_dir}
     return evaluation.save_results("08_x", {"": frame, "more": more}, table, **options)
@@ -218,25 +217,28 @@ def test_scores_come_back_as_they_were_saved(project):
     np.testing.assert_allclose(table["value"].astype(float), expected["value"], atol=1e-4)
 
 
+def save_often(frame, table):
+    for _ in range(40):
+        options = {"profile": "pack", "results_dir": str(evaluation.project_folder() / "results")}
+        evaluation.save_results("08_x", {"": frame}, table, **options)
+
+
 def test_two_writers_at_once_leave_whole_files(project):
-    """Each file is one of theirs; none is torn, and nothing is left beside it."""
+    """Whoever reads meanwhile, and afterwards, finds a file of one of them, and nothing beside."""
     context, frames = multiprocessing.get_context("fork"), [per_image(), per_image()]
     frames[1]["MSE"] += 5
-    writers = [context.Process(target=save_often, args=(frame,)) for frame in frames]
+    saved(project / "results")
+    table = pd.concat([evaluate(frames[0], id_test=ID, draws=5)] * 100)
+    writers = [context.Process(target=save_often, args=(frame, table)) for frame in frames]
     for writer in writers:
         writer.start()
-    for writer in writers:
-        writer.join(60)
-        assert writer.exitcode == 0
-    read = read_scores("08_x")
-    assert any(read["MSE"].equals(frame["MSE"]) for frame in frames)
+    while any(writer.is_alive() for writer in writers):
+        content = (project / "results" / "scores" / "08_x-pack.parquet").read_bytes()
+        read = pq.read_table(pa.BufferReader(content))["MSE"].to_numpy()
+        assert any(np.array_equal(read[: len(frame)], frame["MSE"]) for frame in frames)
+        assert len(pd.read_csv(project / "results" / "08_x-pack.csv")) in (len(table), 18)
+    assert [writer.exitcode for writer in writers] == [0, 0]
     assert written(project, "results")
-
-
-def save_often(frame):
-    for _ in range(10):
-        saved(evaluation.project_folder() / "results", frame)
-        assert len(read_scores("08_x")) == len(frame)
 
 
 def test_committed_scores_are_read_with_their_origin(monkeypatch):

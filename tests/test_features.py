@@ -3,15 +3,15 @@ import functools
 import numpy as np
 import pytest
 import torch
-from conftest import FakeEncoder, image_set, one_sentence, run_python, write_folder
-from test_data import written
-
 from dlsr import features as module
 from dlsr.cache import cache_folder
 from dlsr.data import load_images
 from dlsr.errors import UserError
 from dlsr.features import device_kind, extract, layer_slices, layer_zscore, reading_workers
 from dlsr.training import precision_of
+
+from conftest import FakeEncoder, image_set, one_sentence, run_python, write_folder
+from test_data import written
 
 quiet = functools.partial(extract, progress=False)
 

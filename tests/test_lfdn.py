@@ -2,11 +2,11 @@ import math
 
 import pytest
 import torch
-from conftest import one_sentence
-from torch import nn
-
 from dlsr.errors import UserError
 from dlsr.lfdn import LFDN, ResidualBlock, sinusoid
+from torch import nn
+
+from conftest import one_sentence
 
 
 def test_the_papers_size():
@@ -31,9 +31,7 @@ def test_sinusoid_by_hand():
         assert row == pytest.approx(by_hand, abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"width": 7}, {"width": 0}, {"width": -2}, {"blocks": 0}, {"features": 0}]
-)
+@pytest.mark.parametrize("wrong", [{"width": 7}, {"width": 0}, {"width": -2}, {"blocks": 0}, {"features": 0}])
 def test_impossible_sizes_are_refused(wrong):
     with pytest.raises(UserError, match="even width") as error:
         LFDN(**{"features": 4, "width": 8, "blocks": 1} | wrong)

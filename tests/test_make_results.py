@@ -74,9 +74,7 @@ def test_a_failing_page_keeps_its_results_and_the_others_go_on(make_results, cap
     assert "the third cell fails" in said.err
 
 
-@pytest.mark.parametrize(
-    "arguments", [("--profile", "pack", "-p", "epochs", "3"), ("--profile", "demo")]
-)
+@pytest.mark.parametrize("arguments", [("--profile", "pack", "-p", "epochs", "3"), ("--profile", "demo")])
 def test_changed_parameters_and_the_demo_leave_the_results_alone(make_results, arguments):
     folder = make_results(*arguments, "02_good")
     assert files(folder / "results") == ["01_bad-pack.csv"]

@@ -2,9 +2,6 @@ import itertools
 
 import numpy as np
 import pytest
-from conftest import one_sentence
-from scipy.stats import norm
-
 from dlsr.errors import UserError
 from dlsr.metrics import (
     METRICS,
@@ -19,6 +16,9 @@ from dlsr.metrics import (
     paired_bootstrap,
     paired_p,
 )
+from scipy.stats import norm
+
+from conftest import one_sentence
 
 TWENTY = np.arange(1.0, 21)  # ID scores 1..20: 19 is the threshold that accepts 95 %
 SHIFTS = np.array([1.0, 1.5])  # how far OOD lies above ID for two scores, in standard deviations

@@ -2,11 +2,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from IPython.display import HTML
-from matplotlib.figure import Figure
-
 from dlsr.evaluation import beside_paper, evaluate
 from dlsr.plots import COLOURS, colour, comparison_figure, comparison_table, show_table
+from IPython.display import HTML
+from matplotlib.figure import Figure
 
 
 @pytest.fixture

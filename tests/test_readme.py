@@ -6,9 +6,8 @@
 from functools import reduce
 from pathlib import Path
 
-import pandas as pd
-
 import dlsr
+import pandas as pd
 
 ROOT = Path(__file__).resolve().parents[1]
 C10, C100 = "cifar10/test", "cifar100/test"
@@ -18,8 +17,7 @@ OURS = {
     "MFsim": {"method": "DLSR", "score": "mfsim", "layers": "2..M"},
 }
 BASELINES = {
-    f"{name}, MFsim": {"method": name.lower(), "score": "mfsim", "layers": "2..M"}
-    for name in ("AE", "VAE")
+    f"{name}, MFsim": {"method": name.lower(), "score": "mfsim", "layers": "2..M"} for name in ("AE", "VAE")
 }
 LINES = [  # the paper's table, page, ID set, OOD set, methods
     (8, "08_near_ood", C10, C100, OURS),

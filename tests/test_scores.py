@@ -2,10 +2,10 @@ import math
 
 import numpy as np
 import pytest
-from conftest import easy_features, one_sentence
-
 from dlsr.errors import UserError
 from dlsr.scores import lr, mfsim, mfsim_by_layer, mse, mse_by_layer
+
+from conftest import easy_features, one_sentence
 
 # Two images in layers of 2, 1 and 2 numbers
 CHANNELS = (2, 1, 2)

@@ -4,13 +4,12 @@ import ast
 import re
 from pathlib import Path
 
+import dlsr
 import nbformat
 import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-
-import dlsr
 
 try:
     import tomllib

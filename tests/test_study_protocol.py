@@ -3,9 +3,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import FakeEncoder, encoded, image_set
-from PIL import Image
-
 from dlsr.data import ImageSet, load_images, registry
 from dlsr.features import extract
 from dlsr.study import protocol as module
@@ -21,6 +18,9 @@ from dlsr.study.protocol import (
     split,
     standardiser,
 )
+from PIL import Image
+
+from conftest import FakeEncoder, encoded, image_set
 
 ID_SIZE, LARGE = (8, 8), (20, 30)
 NEAR = OODSet("demo", "near", "near", "digits_8_9/test", "near", "development")

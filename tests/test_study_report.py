@@ -4,12 +4,12 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, image_set, one_sentence
-
 from dlsr.errors import UserError
 from dlsr.metrics import METRICS
 from dlsr.study import report, search
 from dlsr.study.protocol import CLASSES, PROTOCOLS
+
+from conftest import ROOT, image_set, one_sentence
 
 PROTOCOL = replace(PROTOCOLS["pack"][0], draws=50)
 NAMES = {"baseline": "Mahalanobis", "paper": "MFsim", "fused": report.FUSED, "layer": "layer 1"}

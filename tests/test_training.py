@@ -4,21 +4,14 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import Rule, easy_features, one_sentence, run_python
-
 from dlsr import training as module
 from dlsr.cache import cache_folder
 from dlsr.diffusion import noise_schedule
 from dlsr.errors import UserError
 from dlsr.lfdn import LFDN
-from dlsr.training import (
-    diffusion_loss,
-    ema_decay,
-    new_state,
-    run_epoch,
-    streams,
-    train,
-)
+from dlsr.training import diffusion_loss, ema_decay, new_state, run_epoch, streams, train
+
+from conftest import Rule, easy_features, one_sentence, run_python
 
 TINY = {"width": 8, "blocks": 1, "epochs": 12, "lr": 1e-2, "batch_size": 8}
 Z0 = easy_features(30, channels=(4, 4))[0]
