@@ -59,9 +59,11 @@ class FakeEncoder:
     ``stop`` is called instead of batch number ``after``, counted from 0.
     """
 
-    def __init__(self, channels=(3, 4, 5), *, sha256="a" * 64, identity=(), after=-1, stop=None):
+    def __init__(
+        self, channels=(3, 4, 5), *, sha256="a" * 64, tag="fake.in1k", identity=(), after=-1, stop=None
+    ):
         self.name, self.channels, self.weights_sha256 = "fake", tuple(channels), sha256
-        self.about = {"tag": "fake.in1k", "layers": None, "identity": identity}
+        self.about = {"tag": tag, "layers": None, "identity": identity}
         self.after, self.stop, self.images, self.batches = after, stop, 0, 0
         draws = torch.Generator().manual_seed(1)
         self.map = torch.randn((2, 27, sum(channels)), generator=draws, dtype=torch.float64)

@@ -1,5 +1,4 @@
 import hashlib
-import inspect
 import io
 import os
 import tarfile
@@ -19,7 +18,7 @@ from dlsr import data
 from dlsr.data import ImageSet, from_parquet, load_images, registry, resize, resize_chain
 from dlsr.errors import UserError
 from dlsr.features import extract
-from PIL import Image, features
+from PIL import Image
 
 from conftest import FakeEncoder, encoded, image_set, one_sentence, random_pixels, write_folder
 
@@ -79,22 +78,18 @@ def test_what_cannot_be_read_is_refused_in_one_sentence(call, told):
     one_sentence(error)
 
 
-@pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "TIFF", "BMP", "WEBP", "AVIF"])
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "TIFF", "BMP", "WEBP"])
 @pytest.mark.filterwarnings("ignore")
 def test_a_damaged_file_is_readable_or_refused_by_name(form):
     """The file is cut short at many places, and has a few bytes changed."""
-    if form == "AVIF" and not features.check("avif"):
-        pytest.skip("this Pillow has no AVIF")
     whole, picks = encoded(random_pixels(1, size=(16, 16))[0], form), np.random.RandomState(0)
-    assert one_image(whole).image(0).size == (16, 16)
-    damaged, refused = [whole[: cut * len(whole) // 40] for cut in range(40)], []
-    for _ in range(60):
-        content = np.frombuffer(whole, np.uint8).copy()
-        content[picks.randint(len(whole), size=3)] = picks.randint(256, size=3)
-        damaged.append(content.tobytes())
-    for content in damaged:
+    refused = []
+    for i in range(100):
+        content = np.frombuffer(whole[: i * len(whole) // 40], np.uint8).copy()
+        if i >= 40:
+            content[picks.randint(len(whole), size=3)] = picks.randint(256, size=3)
         try:
-            assert one_image(content).image(0).mode == "RGB"
+            assert one_image(content.tobytes()).image(0).mode == "RGB"
         except UserError as error:
             refused.append(str(error))
     assert len(refused) > 5
@@ -152,14 +147,6 @@ def test_a_pick_is_the_same_in_every_call_and_on_every_machine(tmp_path):
     again = image_set(9).take([7, 3, 5]).take([2, 0])
     assert (again.ids, again.labels, again.size) == (["image5", "image7"], ["1", "1"], (6, 5))
     assert np.array_equal(pixels_of(again), random_pixels(9)[[5, 7]])
-
-
-def test_the_hash_is_of_contents_in_order():
-    images, by_hand = image_set(4), hashlib.sha256()
-    for pixels in random_pixels(4):
-        by_hand.update(hashlib.sha256(pixels.tobytes()).digest())
-    assert images.sha256 == by_hand.hexdigest() == image_set(4, name="another").sha256
-    assert len({images.sha256, image_set(4, seed=1).sha256, images.take([1, 0, 2, 3]).sha256}) == 3
 
 
 def write_pack(file, n=5, *, seed=0, per_group=2):
@@ -222,19 +209,6 @@ def test_resize_goes_step_by_step_as_height_and_width_and_averages_all_pixels():
     assert np.abs(small.astype(int) - 127).max() <= 3
 
 
-# The registry
-
-
-def test_every_registered_set_comes_from_one_place():
-    for row in registry().values():
-        assert data.set_title(row.key) == row.title
-        assert not (row.torchvision and row.url)
-        assert not row.url or (row.url[:8], len(row.md5)) == ("https://", 32)
-        for options in row.calls:
-            kind = getattr(torchvision.datasets, row.torchvision)
-            inspect.signature(kind).bind("root", **options, download=True)
-
-
 # Packs, and folders of registered sets
 
 
@@ -291,16 +265,13 @@ def test_a_pack_needs_its_count_or_the_published_one(here, partial, register):
 def test_a_folder_may_stand_for_a_registered_set(register):
     """It is whole, needs the published count, and has the registered size only if it does."""
     file = register("cifar10/test", images=5, size=(6, 5), whole=9, partial="5 of 9")
-    folder = write_folder(file.with_suffix("") / "cat", 5)
     with pytest.raises(UserError, match="has 5 images here; 9 are needed"):
-        load_images("cifar10/test")
-    for size in ((6, 5), (12, 10)):
-        write_folder(folder, 9, size=size)
+        load_images(write_folder(file.with_suffix("") / "cat", 5) and "cifar10/test")
+    for size, known in (((6, 5), (6, 5)), ((12, 10), None)):
+        write_folder(file.with_suffix("") / "cat", 9, size=size)
         images = load_images("cifar10/test")
         assert (images.name, images.labels, images.partial) == ("cifar10/test", ["cat"] * 9, "")
-        assert images.size == ((6, 5) if size == (6, 5) else None)
-    write_folder(data.data_folder() / "imagenet100" / "train" / "n01", 3)  # of no known count
-    assert load_images("imagenet100/train").labels == ["n01"] * 3
+        assert images.size == known
 
 
 def unreachable(*_, **__):
@@ -455,12 +426,9 @@ def test_an_archive_of_something_else_is_refused(cut, changes, told, put):
     assert file.is_file()
 
 
-LAYOUTS = {
+LAYOUTS = {  # of the published archives
     "lsun_crop/test": "LSUN/test/test_0000001.png",
-    "lsun_resize/test": "LSUN_resize/LSUN_resize/0.jpg",
     "isun/test": "iSUN/iSUN_patches/1.jpeg",
-    "sun/test": "SUN/images/sun_a.jpg",
-    "inaturalist/test": "iNaturalist/images/a.jpg",
     "notmnist/test": "notMNIST_small/A/Q3==.png",
     "tiny_imagenet/val": "tiny-imagenet-200/val/images/val_0.JPEG",
 }

@@ -218,7 +218,7 @@ def test_scores_come_back_as_they_were_saved(project):
 
 
 def save_often(frame, table):
-    for _ in range(40):
+    for _ in range(15):
         options = {"profile": "pack", "results_dir": str(evaluation.project_folder() / "results")}
         evaluation.save_results("08_x", {"": frame}, table, **options)
 
