@@ -57,7 +57,6 @@ def test_settings_are_the_profiles_own_but_for_what_is_named():
     assert vars(run) == {"sets": ["a"], "epochs": 5, "lr": 1e-3, "encoder": "small"}
     assert vars(settings(PROFILES, "read", epochs=0)) == PROFILES["pack"]
     assert vars(settings({"paper": {"t": 3}}, "read")) == {"t": 3}
-    assert PROFILES["demo"]["epochs"] == 2
 
 
 @pytest.mark.parametrize(
@@ -127,7 +126,6 @@ def test_intervals_and_paired_differences_are_of_the_same_draws():
             check((difference.value, row.value - own.value))
             check(((difference.ci_low, difference.ci_high), interval(values - draws[name, "MSE"])))
     assert set(table.loc[table["versus"] != "", "method"]) == {"LR", "kNN"}
-    assert evaluate(frame, id_test=ID, metrics=("aupr_in",), draws=5)["ci_low"].isna().all()
 
 
 @pytest.mark.parametrize(
@@ -260,13 +258,10 @@ def test_committed_scores_are_read_with_their_origin(monkeypatch):
     one_sentence(error)
 
 
-def test_new_results_say_by_what_they_were_made(tmp_path, monkeypatch):
+def test_new_results_say_by_what_they_were_made(monkeypatch):
     assert provenance()["commit"] == "not in a repository"
-    assert evaluation.project_folder() == tmp_path / "here"
     monkeypatch.chdir(ROOT)
-    about, frame = provenance("cuda", 12.34), per_image()
+    about = provenance("cuda", 12.34)
     assert (about["commit"] != "not in a repository") == (ROOT / ".git").exists()
     assert (about["device"], about["seconds"], about["seeding"]) == ("cuda", 12.3, "v1")
     assert all(about[name] for name in ("torch", "timm", "numpy", "scikit-learn", "date"))
-    frame.attrs = {"about": about}
-    assert f"commit {about['commit']}, {about['date']}, on cuda" in evaluation.origin(frame)

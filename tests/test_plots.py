@@ -3,7 +3,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from dlsr.evaluation import beside_paper, evaluate
-from dlsr.plots import COLOURS, colour, comparison_figure, comparison_table, show_table
+from dlsr.plots import comparison_figure, comparison_table, show_table
 from IPython.display import HTML
 from matplotlib.figure import Figure
 
@@ -11,12 +11,9 @@ from matplotlib.figure import Figure
 @pytest.fixture
 def both():
     """Return results of two methods on two OOD sets, one of them a part, beside the paper's."""
-    picks, parts = np.random.RandomState(0), []
-    for shift, name in enumerate(("cifar10/test", "svhn/test", "mnist/test")):
-        where = {"set": name, "image": [str(i) for i in range(30)], "seed": 0}
-        scores = {method: picks.randn(30) + 9 * shift for method in ("MSE", "own")}
-        parts.append(pd.DataFrame(where | scores))
-    frame = pd.concat(parts, ignore_index=True)
+    picks, sets = np.random.RandomState(0), np.repeat(["cifar10/test", "svhn/test", "mnist/test"], 30)
+    scores = {name: picks.randn(90) + 9 * np.repeat(range(3), 30) for name in ("MSE", "own")}
+    frame = pd.DataFrame({"set": sets, "image": "", "seed": 0} | scores)
     frame.attrs = {"about": {}, "partial": {"svhn/test": "the first 30", "mnist/test": ""}}
     table = evaluate(frame, id_test="cifar10/test", versus="MSE", draws=5)
     return beside_paper(table, "table 1")
@@ -48,8 +45,3 @@ def test_it_can_be_drawn_and_shows_what_it_is_given(draw, told, both):
         assert part in text
     assert "MNIST: ." not in text  # a whole set has no note
     assert not plt.rcParams["axes.spines.top"]
-
-
-def test_a_method_has_one_colour():
-    assert colour("MSE") == colour("MSE, layer 1") == COLOURS["MSE"]
-    assert colour("another") == "0.45"
