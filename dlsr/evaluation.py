@@ -38,11 +38,11 @@ def settings(profiles: Mapping[str, dict], profile: str, **overrides: object) ->
     ``pack``, else of ``paper``, and takes no others. Raises `UserError` for an unknown profile or
     name, another type, or a negative number.
     """
-    if profile not in ("read", *profiles):
-        known = ", ".join(["read", *profiles])
-        raise UserError(f"profile={profile!r} was given; this page has {known}.")
-    stands_for = "pack" if "pack" in profiles else "paper"
-    chosen = dict(profiles[stands_for if profile == "read" else profile])
+    measured = [name for name in ("pack", "paper") if name in profiles]
+    known = ["read", *profiles] if measured else [*profiles]
+    if profile not in known:
+        raise UserError(f"profile={profile!r} was given; this page has {', '.join(known)}.")
+    chosen = dict(profiles[measured[0] if profile == "read" else profile])
     for name, value in overrides.items():
         own = chosen.get(name)
         wrong = type(value) is not type(own) or (value and value < type(own)())
@@ -186,7 +186,7 @@ def project_folder() -> Path:
 
 def provenance(device: str = "", seconds: float = 0.0) -> dict[str, str | float]:
     """Return by what results are made now: commit, versions, device, day and seconds."""
-    describe = ["git", "describe", "--always", "--abbrev=40", "--dirty"]
+    describe = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
         options = {"cwd": project_folder(), "capture_output": True, "text": True, "check": True}
         commit = subprocess.run(describe, **options).stdout.strip()
