@@ -73,7 +73,7 @@ def test_wrong_settings_are_refused_in_one_sentence(profile, overrides, told):
     with pytest.raises(UserError, match=told) as error:
         settings(PROFILES, profile, **overrides)
     one_sentence(error)
-    with pytest.raises(UserError, match="'read' was given; this page has demo$"):
+    with pytest.raises(UserError, match=r"'read' was given; this page has demo\."):
         settings({"demo": PROFILES["demo"]}, "read")
 
 
