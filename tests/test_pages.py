@@ -34,6 +34,9 @@ def test_a_page_begins_with_the_cell_for_colab_and_names_its_parameters(page):
     parameters = [cell.source for cell in others if "parameters" in tags(cell)]
     assert len(parameters) == (page not in REPORTS)
     assert all(source.startswith("profile: str = ") for source in parameters)
+    assert not any(cell.outputs or cell.execution_count for cell in (first, *others))
+    assert nbformat.read(PAGES[page], as_version=4).metadata.kernelspec["name"] == "python3"
+    assert [n for c in cells_of(page) for n in c.source.splitlines() if len(n) > 79] == []
 
 
 @pytest.mark.parametrize("page", PAGES)
