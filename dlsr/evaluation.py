@@ -24,6 +24,7 @@ from dlsr.cache import as_json, locked, replace_file
 from dlsr.errors import UserError
 from dlsr.features import Features
 from dlsr.metrics import DRAWS, METRICS, bootstrap, interval
+from dlsr.training import precision_of
 
 AVERAGE = "average"  # the name, in tables, of the unweighted mean over OOD sets
 KEYS = ["set", "image", "seed"]
@@ -194,7 +195,8 @@ def provenance(device: str = "", seconds: float = 0.0) -> dict[str, str | float]
         commit = "not in a repository"
     about = {"commit": commit, "device": device, "date": datetime.date.today().isoformat()}
     about |= {library: version(library) for library in LIBRARIES}
-    return about | {"seconds": round(seconds, 1), "precision": "float32", "seeding": "v1"}
+    about |= {"precision": precision_of(device or "cpu"), "seconds": round(seconds, 1)}
+    return about | {"seeding": "v1"}
 
 
 def origin(per_image: pd.DataFrame) -> str:

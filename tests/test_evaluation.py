@@ -267,3 +267,7 @@ def test_new_results_say_by_what_they_were_made(monkeypatch):
     assert (about["commit"] != "not in a repository") == (ROOT / ".git").exists()
     assert (about["device"], about["seconds"], about["seeding"]) == ("cuda", 12.3, "v1")
     assert all(about[name] for name in ("torch", "timm", "numpy", "scikit-learn", "date"))
+
+
+def test_provenance_names_the_precision_of_the_device():
+    assert [provenance(d)["precision"] for d in ("", "cpu", "cuda:0")] == ["float32", "float32", "bf16"]
