@@ -15,11 +15,11 @@ encoders: create_encoder
 features: extract layer_slices layer_zscore
 lfdn: LFDN
 diffusion: noise_schedule add_noise fixed_noise ddim_released ddim one_step random_strides
-diffusion: reconstruct released_shares predict_noise_free
+diffusion: reconstruct in_batches
 training: train fit_network diffusion_loss
 scores: mse lr mfsim mse_by_layer mfsim_by_layer
-metrics: auroc fpr95 aupr_in aupr_out bootstrap interval delong holm
-baselines: KNN Gaussian AutoEncoder VAE
+metrics: auroc fpr95 aupr_in aupr_out bootstrap interval
+baselines: fit_knn fit_gaussian
 detector: DLSRDetector
 evaluation: settings score_sets evaluate beside_paper paper_values read_scores save_results origin
 plots: show_table comparison_table comparison_figure

@@ -4,16 +4,19 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from filelock import FileLock
+from platformdirs import user_cache_dir
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from dlsr.errors import UserError
 
 
 def cache_folder() -> Path:
     """Return ``$DLSR_CACHE``, or the user's cache folder, which outlives any checkout."""
-    from platformdirs import user_cache_dir
-
     return Path(os.environ.get("DLSR_CACHE") or user_cache_dir("dlsr", appauthor=False))
 
 
@@ -32,26 +35,20 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
     Raises `UserError` if that fails; what stood at ``path`` before is then untouched.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        temporary.replace(path)
+        with TemporaryDirectory(prefix=".", dir=path.parent) as aside:
+            write(Path(aside) / path.name)
+            (Path(aside) / path.name).replace(path)
     except OSError as error:
         raise UserError(
             f"{path} could not be written ({error}); make room or give permission there, or choose "
             "another place (DLSR_CACHE names the folder of features and networks)."
         ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def locked(path: Path):
     """Return a context that holds a lock beside ``path``: one process writes, others wait."""
-    from filelock import FileLock
-
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return FileLock(f"{path}.lock").acquire()
@@ -61,40 +58,29 @@ def locked(path: Path):
         ) from error
 
 
-def kept_hash(what: str, files: list[Path], make: Callable[[], str]) -> str:
+def kept_hash(files: list[Path], make: Callable[[], str]) -> str:
     """Return ``make()``, a hash of what files hold, kept until a size or time changes."""
     stats = [(str(file.resolve()), os.access(file, os.R_OK), file.stat()) for file in files]
     about = [[*parts, stat.st_size, stat.st_mtime_ns] for *parts, stat in stats]
-    kept = cache_folder() / "hashes" / f"{key(what=what, files=about)}.txt"
+    kept = cache_folder() / "hashes" / f"{key(files=about)}.txt"
     if not kept.is_file():
-        digest = make()
-        replace_file(kept, lambda temporary: temporary.write_text(digest))
+        replace_file(kept, lambda temporary: temporary.write_text(make()))
     return kept.read_text()
-
-
-def file_sha256(file: Path) -> str:
-    """Return a file's sha256; an unchanged file is read once."""
-    return kept_hash("file", [file], lambda: hashlib.sha256(file.read_bytes()).hexdigest())
 
 
 def array_sha256(array) -> str:
     """Return the sha256 of an array's numbers, shape and type."""
-    head = f"{array.dtype.str}{array.shape}".encode()
-    return hashlib.sha256(head + array.tobytes()).hexdigest()
+    return hashlib.sha256(f"{array.dtype.str}{array.shape}".encode() + array.tobytes()).hexdigest()
 
 
 def write_tensors(file: Path, tensors: dict, about: dict) -> None:
     """Write named tensors, and what ``about`` says of them, into one safetensors file."""
-    from safetensors.torch import save
-
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    replace_file(file, lambda path: path.write_bytes(save(tensors, {"dlsr": as_json(about)})))
+    arrays = {name: tensor.numpy(force=True) for name, tensor in tensors.items()}
+    replace_file(file, lambda path: path.write_bytes(save(arrays, {"dlsr": as_json(about)})))
 
 
 def read_tensors(file: Path) -> tuple[dict, dict]:
     """Return what `write_tensors` wrote: ``about`` and the tensors by their names."""
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(file, "pt") as content:
             names, about = content.keys(), json.loads(content.metadata()["dlsr"])

@@ -7,7 +7,8 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from dlsr import __version__
+import dlsr
+from dlsr.cache import cache_folder, replace_file
 from dlsr.errors import UserError
 
 METHOD = (
@@ -25,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             target = getattr(options, "target", None)  # refused if it is a device, link or folder
             if target and (target.is_symlink() or (target.exists() and not target.is_file())):
                 raise UserError(f"{target} is there and is no plain file; name a file to write.")
-            options.run(options)  # what is heavy is imported there, so that Ctrl-C is caught here
+            # What is heavy is imported there, so that Ctrl-C is caught here.
+            {"fit": _fit, "score": _score, "info": _info, "sets": _sets}[options.command](options)
             sys.stdout.flush()
         except BrokenPipeError:  # the reader of the output, such as `head`, has enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -40,31 +42,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fit(options: argparse.Namespace) -> None:
-    from dlsr.detector import DLSRDetector
-
     features = _features(options, options.encoder)
     sizes = {name: getattr(options, name) for name in ("width", "blocks", "epochs")}
-    detector = DLSRDetector(features.channels, method=options.method, progress=True, **sizes)
-    detector.fit(features.z0())
+    chosen = {"method": options.method, "progress": True} | sizes
+    detector = dlsr.DLSRDetector(features.channels, **chosen).fit(features.z0())
     about = {"encoder": options.encoder, "weights_sha256": features.weights_sha256}
     detector.save(options.target, about=about | {"images": len(features)})
-    print(
-        f"Fitted on {len(features)} images; threshold {detector.threshold_:.6g}; {options.target}"
-    )
+    threshold = f"threshold {detector.threshold_:.6g}"
+    print(f"Fitted on {len(features)} images; {threshold}; {options.target}")
 
 
 def _score(options: argparse.Namespace) -> None:
     import pandas as pd
 
-    from dlsr.cache import replace_file
-    from dlsr.detector import DLSRDetector
-
-    detector = DLSRDetector.load(options.detector)
+    detector = dlsr.DLSRDetector.load(options.detector)
     if not {"encoder", "weights_sha256"} <= set(detector.about_):
         raise UserError(f"{options.detector} does not say its encoder; fit it by `dlsr fit`.")
     features = _features(options, detector.about_["encoder"], detector.about_["weights_sha256"])
     # A file's name need not be UTF-8; bytes that are not are written as \udc..
-    names = [name.encode("utf-8", "backslashreplace").decode() for name in features.ids]
+    names = [name.encode("utf-8", "backslashreplace").decode() for name in features.images.ids]
     table = pd.DataFrame({"image": names, "ood_score": detector.ood_score(features.z0())})
     table["verdict"] = ["OOD" if s > detector.threshold_ else "ID" for s in table["ood_score"]]
     table = table.sort_values("ood_score", ascending=False)
@@ -77,16 +73,13 @@ def _score(options: argparse.Namespace) -> None:
 
 
 def _info(options: argparse.Namespace) -> None:
-    from dlsr.detector import DLSRDetector
-
-    detector = DLSRDetector.load(options.detector, device="cpu")
+    detector = dlsr.DLSRDetector.load(options.detector, device="cpu")
     known = {"method": detector.method, "threshold": detector.threshold_}
     for name, value in (known | detector.about_ | detector.versions_).items():
         print(f"{name:16} {value}")
 
 
 def _sets(options: argparse.Namespace) -> None:
-    from dlsr.cache import cache_folder
     from dlsr.data import BUILT_IN, data_folder, load_images, registry
     from dlsr.downloads import torchvision_mark
 
@@ -102,8 +95,6 @@ def _sets(options: argparse.Namespace) -> None:
 
 def _features(options: argparse.Namespace, name: str, weights_sha256: str = ""):
     """Return the features of the images, unless the encoder has other weights than these."""
-    import dlsr
-
     encoder = dlsr.create_encoder(name)
     if weights_sha256 not in ("", encoder.weights_sha256):
         raise UserError(f"{name} has other weights than at the fit; use those, or fit again.")
@@ -117,30 +108,26 @@ def _notice(text: object) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dlsr", description=__doc__)
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    fit = commands.add_parser("fit", help=f"fit a detector; --method is {METHOD}")
-    fit.add_argument("images", help="a folder of familiar images, or a set's name")
+    parser.add_argument("--version", action="version", version=dlsr.__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    images, saved = (argparse.ArgumentParser(add_help=False) for _ in range(2))
+    images.add_argument("images", help="a folder of images, or a set's name")
+    images.add_argument("--skip-unreadable", action="store_true", help="leave such images out")
+    saved.add_argument("detector", type=Path, help="the file that fit wrote")
     out = {"dest": "target", "type": Path, "metavar": "FILE"}
+
+    fit = commands.add_parser("fit", parents=[images], help=f"fit a detector; --method is {METHOD}")
     fit.add_argument("--out", **out, required=True, help="where to save it")
     methods = ("gaussian", "knn", "mse", "mfsim")
     fit.add_argument("--method", default="gaussian", choices=methods, help=METHOD)
     fit.add_argument("--encoder", default="efficientnet_lite0", help="%(default)s or a timm model")
     for name, size in (("width", 720), ("blocks", 8), ("epochs", 30)):
         fit.add_argument(f"--{name}", type=int, default=size, help="for mse, mfsim; %(default)s")
-    score = commands.add_parser("score", help="score images, the most OOD first")
-    score.add_argument("detector", type=Path, help="the file that fit wrote")
-    score.add_argument("images", help="a folder of images, or a set's name")
-    score.add_argument("--csv", **out, help="write the table there instead")
-    for one in (fit, score):
-        one.add_argument("--skip-unreadable", action="store_true", help="leave such images out")
-    info = commands.add_parser("info", help="what is known of a detector")
-    info.add_argument("detector", type=Path, help="the file that fit wrote")
+    score = commands.add_parser("score", parents=[saved, images], help="score images by it")
+    score.add_argument("--csv", **out, help="write the table there; else it is printed")
+    commands.add_parser("info", parents=[saved], help="what is known of a detector")
     sets = commands.add_parser("sets", help="list the image sets, and which are here")
     sets.add_argument("--download", metavar="NAME", help="get this set first")
-    for one, run in ((fit, _fit), (score, _score), (info, _info), (sets, _sets)):
-        one.set_defaults(run=run)
     return parser
 
 

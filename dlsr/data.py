@@ -12,7 +12,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,6 +26,7 @@ from dlsr.errors import UserError
 
 INPUT_SIZE = (224, 224)  # height, width of what every encoder sees
 BUILT_IN = "scikit-learn"  # digits and patches of two photographs
+HERE = Path(__file__).parent
 Size = tuple[int, int]  # height, width
 
 
@@ -40,10 +40,9 @@ def registry() -> dict[str, SimpleNamespace]:
     which way the pack's file is not the published set; and where it is downloaded from.
     """
     found = {}
-    for row in csv.DictReader(io.StringIO(files("dlsr").joinpath("datasets.csv").read_text())):
+    for row in csv.DictReader((HERE / "datasets.csv").read_text("utf-8").splitlines()):
         row |= {name: int(row[name] or 0) for name in ("height", "width", "images", "whole")}
-        size = (row["height"], row["width"]) if row["height"] else None
-        row |= {"size": size, "calls": json.loads(row["calls"] or "[]")}
+        row["size"] = (row["height"], row["width"]) if row["height"] else None
         found[row["key"]] = SimpleNamespace(**row)
     return found
 
@@ -59,21 +58,25 @@ def data_folder() -> Path:
 
 
 class ParquetImages:
-    """The encoded images of a pack, read some at a time, fastest in their order."""
+    """The encoded images of a pack, read 64 at a time in their order within a row group."""
 
     def __init__(self, file: Path) -> None:
-        self.file, self.batches, self.first, self.batch = file, None, 0, ()
+        self.files, self.pack = [file], pq.ParquetFile(file)
+        groups = map(self.pack.metadata.row_group, range(self.pack.num_row_groups))
+        self.starts = np.cumsum([0, *(group.num_rows for group in groups)])
+        self.first = self.end = 0  # of the batch that was read, and of its row group
 
     def __getitem__(self, row: int) -> bytes:
-        if row < self.first or self.batches is None:
-            batches = pq.ParquetFile(self.file).iter_batches(64, columns=["image.bytes"])
-            self.batches, self.first, self.batch = batches, 0, ()
+        if not self.first <= row < self.end:
+            group = int(np.searchsorted(self.starts, row, side="right")) - 1
+            self.first, self.end, self.batch = *self.starts[group : group + 2].tolist(), ()
+            self.batches = self.pack.iter_batches(64, row_groups=[group], columns=["image.bytes"])
         while row >= self.first + len(self.batch):
             self.first, self.batch = self.first + len(self.batch), next(self.batches)["image"]
-        return self.batch[int(row - self.first)]["bytes"].as_py()
+        return self.batch[int(row) - self.first]["bytes"].as_py()
 
     def __reduce__(self) -> tuple:  # another process opens the file itself
-        return ParquetImages, (self.file,)
+        return ParquetImages, (self.files[0],)
 
 
 @dataclass(frozen=True)
@@ -96,13 +99,23 @@ class ImageSet:
         return len(self.ids)
 
     def image(self, i: int) -> Image.Image:
-        """Return image i as RGB, turned as its EXIF tag says; raise `UserError` with its name."""
+        """Return image i as 8-bit RGB, turned as its EXIF tag says.
+
+        Any Pillow mode is read: 16-bit grey is scaled, transparency laid on white. Raises
+        `UserError` with the image's name.
+        """
         try:
             content = self._content(i)
-            if isinstance(content, np.ndarray):
-                return to_rgb(Image.fromarray(content))
-            with Image.open(io.BytesIO(content)) as image:
-                return to_rgb(ImageOps.exif_transpose(image))
+            is_array = isinstance(content, np.ndarray)
+            image = Image.fromarray(content) if is_array else Image.open(io.BytesIO(content))
+            image = ImageOps.exif_transpose(image)
+            if image.mode == "F" or image.mode.startswith("I"):
+                top = 65535 if image.mode != "F" else 255 if image.getextrema()[1] > 1 else 1
+                image = image.convert("F").point(lambda grey: grey * (255 / top) + 0.5).convert("L")
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
         except Exception as error:  # on damaged files, decoders raise almost anything
             raise UserError(
                 f"Image {self.ids[i]!r} of {self.name} cannot be read ({error}); mend or remove "
@@ -121,16 +134,15 @@ class ImageSet:
 
         It is kept with the size and time of the files, so that no start reads them all again.
         """
-        paths = getattr(self.source, "file", self.source)
-        paths = [paths] if isinstance(paths, Path) else paths
-        of_files = isinstance(paths, list) and isinstance(paths[0], Path)
-        return kept_hash("images", paths, self._hash) if of_files else self._hash()
+        files = getattr(self.source, "files", self.source)
+        of_files = isinstance(files, list) and isinstance(files[0], Path)
+        return kept_hash(files, self._hash) if of_files else self._hash()
 
     def _hash(self) -> str:
         digest = hashlib.sha256()
         for i in range(len(self)):
             try:
-                content = np.asarray(self._content(i)).tobytes()
+                content = bytes(self._content(i))
             except OSError:  # whether such an image may be skipped is decided elsewhere
                 content = b""
             digest.update(hashlib.sha256(content).digest())
@@ -143,21 +155,7 @@ class ImageSet:
         return replace(self, ids=ids, labels=labels, source=Subset(self.source, rows))
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Return any Pillow mode as 8-bit RGB: 16-bit grey is scaled, transparency laid on white."""
-    if image.mode.startswith("I") or image.mode == "F":
-        pixels = np.asarray(image, dtype=np.float64)
-        top = 65535.0 if image.mode != "F" else 255.0 if pixels.max() > 1 else 1.0
-        image = Image.fromarray((np.clip(pixels / top, 0, 1) * 255).round().astype(np.uint8))
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def resize_chain(
-    resolution: str, *, size: Size | None, id_size: Size | None = None
-) -> tuple[Size, ...]:
+def resize_chain(resolution: str, *, size: Size | None, id_size: Size | None = None) -> tuple:
     """Return the sizes, (height, width), through which an image goes to the encoder.
 
     ``native``: straight to 224x224. ``matched``: to the ID set's size first; a set that has it
@@ -178,8 +176,7 @@ def resize(image: Image.Image, chain: Sequence[tuple]) -> Image.Image:
     The filter is one of Pillow's, else bilinear; all are antialiased when shrinking.
     """
     for height, width, *names in chain:
-        method = Image.Resampling[(names or ["bilinear"])[0].upper()]
-        image = image.resize((width, height), method)
+        image = image.resize((width, height), Image.Resampling[(*names, "bilinear")[0].upper()])
     return image
 
 
@@ -190,14 +187,10 @@ def load_images(name: str | Path, *, n: int = 0, seed: int = 0) -> ImageSet:
     Registered sets that are not here are downloaded where that is possible. Raises `UserError`
     that says where a missing set is put.
     """
-    if str(name) in registry():
-        images = _registered(registry()[str(name)])
-    elif Path(name).is_dir():
-        images = from_folder(Path(name))
-    else:
-        raise UserError(
-            f"{str(name)!r} is neither a folder nor a known image set; `dlsr sets` lists those."
-        )
+    row, folder = registry().get(str(name)), Path(name)
+    if not row and not folder.is_dir():
+        raise UserError(f"{str(name)!r} is neither a folder nor a set that `dlsr sets` lists.")
+    images = _registered(row) if row else from_folder(folder)
     if not 0 < n < len(images):
         return images
     rows = np.sort(np.random.RandomState(seed).permutation(len(images))[:n])
@@ -206,41 +199,38 @@ def load_images(name: str | Path, *, n: int = 0, seed: int = 0) -> ImageSet:
 
 
 def _registered(row: SimpleNamespace) -> ImageSet:
-    pack, counts = data_folder() / f"{row.key}.parquet", {row.whole or row.images}
+    """Return a set of the package, of the data pack, or else the published one."""
     if row.source == BUILT_IN:
-        with files("dlsr").joinpath("demo.npz").open("rb") as file:
-            names = (f"{row.key.replace('/', '-')}-{part}" for part in ("ids", "labels", "pixels"))
-            ids, labels, pixels = map(np.load(file).__getitem__, names)
+        name, demo = row.key.replace("/", "-"), np.load(HERE / "demo.npz")
+        ids, labels, pixels = (demo[f"{name}-{part}"] for part in ("ids", "labels", "pixels"))
         return ImageSet(row.key, ids.tolist(), labels.tolist(), pixels, row.size)
+    pack, counts = data_folder() / f"{row.key}.parquet", {row.whole or row.images: ""}
     if pack.is_file():
         images = from_parquet(pack, name=row.key, size=row.size)
-        images = replace(images, partial=row.partial if len(images) == row.images else "")
-        counts.add(row.images)
+        counts |= {row.images: row.partial}
     else:
         images = _published(row)
-    if row.images and len(images) not in counts:
-        needed = " or ".join(map(str, sorted(counts)))
-        raise UserError(
-            f"{row.key} has {len(images)} images here; {needed} are needed: complete it."
-        )
-    return images
+    n, needed = len(images), " or ".join(map(str, sorted(counts)))
+    if row.images and n not in counts:
+        raise UserError(f"{row.key} has {n} images here; {needed} are needed: complete it.")
+    return replace(images, partial=counts.get(n, ""))
 
 
 def _published(row: SimpleNamespace) -> ImageSet:
     """Return a set from a folder or a download; ``size`` is None where the images have another."""
     folder = data_folder() / row.key
     try:
+        if row.url and not folder.is_dir():
+            folder = downloads.unpacked_archive(data_folder(), row.url, row.md5) / row.folder
         if row.torchvision and not folder.is_dir():
-            images = downloads.torchvision_set(row.key, row.torchvision, row.calls)
-            labels = np.asarray(getattr(images.datasets[0], "targets", [""] * len(images)))
-            ids = [f"{i:05d}" for i in range(len(images))]
-            images = ImageSet("", ids, labels.astype(str).tolist(), images)
+            source = downloads.torchvision_set(row.key, row.torchvision, json.loads(row.calls))
+            labels = np.asarray(getattr(source.datasets[0], "targets", [""] * len(source)))
+            ids = [f"{i:05d}" for i in range(len(source))]
+            images = ImageSet(row.key, ids, labels.astype(str).tolist(), source)
         else:
-            if row.url and not folder.is_dir():
-                given = data_folder() / "downloads" / Path(row.url.split("?")[0]).name
-                folder = downloads.unpacked_archive(given, row.url, row.md5) / row.folder
             images = from_folder(folder, row.pattern)
-        width, height = images.image(0).size
+        size = row.size if images.image(0).size[::-1] == row.size else None
+        return replace(images, name=row.key, size=size)
     except Exception as error:  # the tools that download raise almost anything
         pack = f" or $DLSR_DATA/{row.key}.parquet (the data pack's file)" if row.sha256 else ""
         raise UserError(
@@ -248,7 +238,6 @@ def _published(row: SimpleNamespace) -> ImageSet:
             f"$DLSR_DATA/{row.key}/<class>/ (a folder of its images){pack}; the profile 'demo' "
             "needs no data."
         ) from error
-    return replace(images, name=row.key, size=row.size if row.size == (height, width) else None)
 
 
 def from_folder(folder: Path, pattern: str = "") -> ImageSet:
@@ -257,8 +246,8 @@ def from_folder(folder: Path, pattern: str = "") -> ImageSet:
     Image files are those that Pillow decodes by itself, told by their suffix; ``pattern`` is one
     that their paths fit. Hidden files are left out.
     """
-    known = {s: form for s, form in Image.registered_extensions().items() if form in Image.OPEN}
-    suffixes = {suffix for suffix, form in known.items() if form not in ("MPEG", "EPS")}
+    formats = Image.registered_extensions()  # this also fills Image.OPEN
+    suffixes = {s for s, form in formats.items() if form in Image.OPEN.keys() - {"MPEG", "EPS"}}
     everything = sorted(p for p in folder.rglob(pattern or "*") if p.is_file())
     paths = [p for p in everything if p.suffix.lower() in suffixes and p.name[0] != "."]
     if not paths:
@@ -274,9 +263,9 @@ def from_folder(folder: Path, pattern: str = "") -> ImageSet:
 def from_parquet(file: Path, *, name: str, size: Size | None = None) -> ImageSet:
     """Return a pack's images: columns ``image`` (a struct of bytes and path) and ``label``."""
     try:
-        table = pq.ParquetFile(file).read(columns=["image.path", "label"])
-        ids = [cell["path"] for cell in table["image"].to_pylist()]
-        return ImageSet(name, ids, table["label"].to_pylist(), ParquetImages(file), size)
+        table = pq.ParquetFile(file).read(columns=["image.path", "label"]).flatten()
+        ids, labels = (table[column].to_pylist() for column in ("image.path", "label"))
+        return ImageSet(name, ids, labels, ParquetImages(file), size)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{file} is not a readable pack of images ({error}); it needs the columns image, a "

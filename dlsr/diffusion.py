@@ -2,7 +2,8 @@
 
 A sampler is a function ``sampler(network, z0, *, t, noise)`` that noises z0 up to timestep t and
 returns its reconstruction. ``network(z_t, t)`` predicts z0 and takes 0-based timesteps. ``noise``
-has shape (K, c), the same K draws for every image, or (N, K, c), and is always passed in.
+has shape (K, c), the same K draws for every image, or (N, K, c), and is always passed in. If every
+image meets the same noise, its score does not depend on other images.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from dlsr.errors import UserError
 
@@ -41,10 +43,7 @@ def predict_eps(z_t: Tensor, predicted: Tensor, alpha_bar_t: Tensor) -> Tensor:
 
 
 def fixed_noise(draws: int, features: int, *, seed: int = 0) -> Tensor:
-    """Return one seeded draw of noise, (draws, features) float32, for all images alike.
-
-    Because every image meets the same noise, its score does not depend on other images.
-    """
+    """Return one seeded draw of noise, (draws, features) float32, for all images alike."""
     return torch.randn((draws, features), generator=torch.Generator().manual_seed(seed))
 
 
@@ -63,22 +62,19 @@ def ddim_released(network: Network, z0: Tensor, *, t: int, noise: Tensor) -> Ten
         eps = predict_eps(x, network(x, z0.new_full((len(z0),), step)), alpha_bar[step])
         x0 = (x - (1 - now).sqrt() * eps) / now.sqrt()
         sigma = ((1 - before) / (1 - now) * (1 - now / before)).sqrt()
-        fresh = sigma * noise[..., draw, :]
-        x = before.sqrt() * x0 + (1 - before - sigma**2).sqrt() * eps + fresh
+        x = before.sqrt() * x0 + (1 - before - sigma**2).sqrt() * eps + sigma * noise[..., draw, :]
     return x
 
 
-def ddim(
-    network: Network, z0: Tensor, *, t: int, noise: Tensor, strides: Sequence[int] | None = None
-) -> Tensor:
+def ddim(network: Network, z0: Tensor, *, t: int, noise: Tensor, strides: Sequence = ()) -> Tensor:
     """Reconstruct z0 by the paper's equations: noise to t, then DDIM back to 0 in ``strides``.
 
-    ``strides`` sum to t; None takes those of `random_strides` with seed 0. ``noise`` holds one
-    draw. The paper states no eta; 0 is taken. Here t counts from 1, and alpha_bar_0 = 1.
+    ``strides`` sum to t; if empty they are those of `random_strides` with seed 0. ``noise`` holds
+    one draw. The paper states no eta; 0 is taken. Here t counts from 1, and alpha_bar_0 = 1.
     """
     alpha_bar = torch.cat([torch.ones(1, device=z0.device), noise_schedule(z0.device)])
     x = add_noise(z0, alpha_bar[t], noise[..., 0, :])
-    for stride in random_strides(t, seed=0) if strides is None else strides:
+    for stride in strides or random_strides(t, seed=0):
         predicted = network(x, z0.new_full((len(z0),), t - 1))
         eps = predict_eps(x, predicted, alpha_bar[t])
         t -= stride
@@ -97,58 +93,34 @@ def random_strides(t: int, *, seed: int) -> list[int]:
     """Return strides from t to 0, each "randomly selected from {1..t}" of what t is then."""
     picks = np.random.RandomState(seed % 2**32)
     strides = []
-    while t > 0:
-        strides.append(int(picks.randint(1, t + 1)))
-        t -= strides[-1]
+    while sum(strides) < t:
+        strides.append(int(picks.randint(1, t - sum(strides) + 1)))
     return strides
 
 
-@lru_cache
-def released_shares(t: int) -> tuple[float, float]:
-    """Return the share of z0 and the std of noise in what `ddim_released` returns.
-
-    Both are there whatever the network predicts; the rest, 1 minus the share, is its predictions.
-    At t = 3 they are 0.41 and 0.0473.
-    """
-    silent, impulses = (lambda z_t, t: torch.zeros_like(z_t)), torch.eye(t + 1)[:, :, None]
-    share = ddim_released(silent, torch.ones(1, 1), t=t, noise=torch.zeros(t + 1, 1))
-    responses = ddim_released(silent, torch.zeros(t + 1, 1), t=t, noise=impulses)
-    return share.item(), responses.square().sum().sqrt().item()
-
-
 @torch.inference_mode()
+def in_batches(network: Module, x: np.ndarray, function=None, batch_size=1024) -> np.ndarray:
+    """Return ``function(batch)``, or ``network(batch)`` if it is None, of all rows of x, (N, c).
+
+    It is computed batch after batch, in float32 on the network's device.
+    """
+    device, function = next(network.parameters()).device, function or network
+    batches = torch.from_numpy(np.array(x, dtype=np.float32, order="C")).split(batch_size)
+    return torch.cat([function(batch.to(device)).cpu() for batch in batches]).numpy()
+
+
 def reconstruct(
-    network: torch.nn.Module,
-    z0: np.ndarray,
-    sampler: Callable[..., Tensor] = ddim_released,
-    *,
-    t: int = 3,
-    noise: Tensor,
-    batch_size: int = 1024,
-    **options: object,
+    network: Module, z0: np.ndarray, sampler: Callable = ddim_released, *, t: int = 3, noise: Tensor
 ) -> np.ndarray:
     """Reconstruct z0, (N, c), batch by batch on the network's device.
 
     ``noise`` is (K, c), as `fixed_noise` draws it: K is t + 1 for `ddim_released`, 1 for `ddim`
-    and any number for `one_step`. ``options`` go to the sampler. Returns (N, c) float32. Raises
-    `UserError` where t is outside of the schedule.
+    and any number for `one_step`. Returns (N, c) float32. Raises `UserError` if draws are missing
+    or t is outside of the schedule, past whose end the released code would read at t = T.
     """
-    largest = T - 1 if sampler is ddim_released else T  # the released code would read past the end
+    largest, draws = (T - 1, t + 1) if sampler is ddim_released else (T, 1)
     if not 1 <= t <= largest:
         raise UserError(f"t={t} was given; this sampler needs a whole number from 1 to {largest}.")
-    device = next(network.parameters()).device
-    noise = noise.to(device)
-    z0 = torch.from_numpy(np.ascontiguousarray(z0, dtype=np.float32))
-    parts = [
-        sampler(network, batch.to(device), t=t, noise=noise, **options).cpu()
-        for batch in z0.split(batch_size)
-    ]
-    return torch.cat(parts).numpy()
-
-
-def predict_noise_free(network: torch.nn.Module, z0: np.ndarray, *, t: int) -> np.ndarray:
-    """Return the z0 predicted from sqrt(alpha_bar_t) z0 without noise; t counts from 1.
-
-    ``z0`` and the result are (N, c) float32. The paper has no such score; the study uses it.
-    """
-    return reconstruct(network, z0, one_step, t=t, noise=torch.zeros(1, z0.shape[1]))
+    if len(noise) < draws:
+        raise UserError(f"{len(noise)} draws of noise were given; t={t} needs {draws} or more.")
+    return in_batches(network, z0, lambda z: sampler(network, z, t=t, noise=noise.to(z.device)))

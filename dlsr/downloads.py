@@ -31,28 +31,27 @@ def torchvision_set(name: str, kind: str, calls: Sequence[dict]) -> ConcatDatase
     return ConcatDataset(parts)
 
 
-def unpacked_archive(given: Path, url: str, md5: str) -> Path:
+def unpacked_archive(data: Path, url: str, md5: str) -> Path:
     """Return the folder in the cache with what an archive holds; it is unpacked once.
 
-    The archive is the file ``given``, or else downloaded. Links, devices and paths that lead
-    outside are refused, and empty files left out. Raises `UserError` for a wrong checksum or a
-    damaged archive, and `OSError` or `RuntimeError` where the download fails.
+    The archive is in ``downloads`` in the folder ``data``, or else downloaded. Links, devices and
+    paths that lead outside are refused, and empty files left out. Raises `UserError` for a wrong
+    checksum or a damaged archive, and `OSError` or `RuntimeError` where the download fails.
     """
-    target = cache_folder() / "data" / md5
+    name, target = Path(url.split("?")[0]).name, cache_folder() / "data" / md5
     with locked(target):
         if target.is_dir():
             return target
-        archive = given if given.is_file() else cache_folder() / "downloads" / given.name
-        if archive != given:
-            download_url(url, str(archive.parent), archive.name, md5)
-        if not check_md5(str(archive), md5):
+        archive = data / "downloads" / name
+        if not archive.is_file():
+            archive = cache_folder() / "downloads" / name
+            download_url(url, archive.parent, name, md5)
+        if not check_md5(archive, md5):
             raise UserError(f"{archive} has not the md5 {md5}; get it again from {url}.")
         draft = target.with_suffix(".partial")
         shutil.rmtree(draft, ignore_errors=True)
-        try:
-            # The filter refuses links, devices and paths that lead outside; zipfile needs none.
-            options = {} if archive.suffix == ".zip" else {"filter": "data"}
-            shutil.unpack_archive(archive, draft, **options)
+        try:  # "data" refuses links, devices and paths that lead outside; ZIP files need no filter
+            shutil.unpack_archive(archive, draft, filter=None if name.endswith(".zip") else "data")
         except Exception as error:  # the unpackers raise almost anything
             raise UserError(f"{archive} was not unpacked ({error}); download it again.") from error
         for file in draft.rglob("*"):  # notMNIST has two empty files

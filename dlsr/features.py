@@ -3,21 +3,19 @@
 Source: section 3.1 of the paper. The z-score of every layer is the released code's.
 """
 
-import ctypes
-import math
-import os
-import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dlsr.cache import cache_folder, key, locked
+from dlsr.cache import cache_folder, key, locked, replace_file
 from dlsr.data import ImageSet, Size, load_images, resize, resize_chain
 from dlsr.encoders import POOLINGS, FrozenEncoder
 from dlsr.errors import UserError
@@ -46,16 +44,6 @@ class Features:
     def __len__(self) -> int:
         return len(self.rows)
 
-    @property
-    def ids(self) -> Sequence[str]:
-        """The images' names."""
-        return self.images.ids
-
-    @property
-    def labels(self) -> Sequence[str]:
-        """The images' labels."""
-        return self.images.labels
-
     def raw(self, pooling: str = "gap") -> np.ndarray:
         """Return the features as they are pooled, (N, c) float32."""
         if pooling not in POOLINGS:
@@ -71,12 +59,11 @@ class Features:
 
         Raises `UserError` if one of these images was skipped as unreadable.
         """
-        places = {row: i for i, row in enumerate(self.rows.tolist())}
-        at = [places.get(int(row), -1) for row in rows]
-        if -1 in at:
-            raise UserError(f"{at.count(-1)} of these rows were skipped as unreadable; omit them.")
-        own = {"values": self.values[at], "images": self.images.take(at)}
-        return replace(self, rows=np.arange(len(at)), **own)
+        missing, at = np.isin(rows, self.rows, invert=True), np.searchsorted(self.rows, rows)
+        if missing.any():
+            raise UserError(f"{missing.sum()} of these rows were skipped as unreadable; omit them.")
+        values, images = self.values[at], self.images.take(at)
+        return replace(self, values=values, rows=np.arange(len(at)), images=images)
 
 
 def layer_slices(channels: Sequence[int]) -> list[slice]:
@@ -102,31 +89,19 @@ def layer_zscore(raw: np.ndarray, channels: Sequence[int]) -> np.ndarray:
     return z0
 
 
-def check_finite(features: np.ndarray) -> None:
-    """Raise `UserError` with a count of the images if (N, c) features hold NaN or inf."""
-    bad = len(features) - int(np.isfinite(features).all(axis=1).sum())
+def check_finite(x: np.ndarray, which: str = "images") -> None:
+    """Raise `UserError` with a count of the images if features x, (N, c), hold NaN or inf."""
+    bad = int((~np.isfinite(x)).any(axis=1).sum())
     if bad:
-        raise UserError(
-            f"{bad} of {len(features)} images have NaN or infinite features; omit them."
-        )
+        raise UserError(f"{bad} of {len(x)} {which} have NaN or infinite features; omit them.")
 
 
 def pick_device(device: str | None = None) -> str:
-    """Return the device asked for, else CUDA where there is one, else the CPU."""
-    return device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def device_kind(device: str) -> str:
-    """Return ``cuda`` for ``cuda:0`` and so on; raise `UserError` for what is no device."""
+    """Return the device asked for, else CUDA, else the CPU; raise `UserError` for what is none."""
     try:
-        return torch.device(device).type
+        return str(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
     except RuntimeError as error:
         raise UserError(f"device={device!r} was given; it is cpu, cuda or cuda:0, say.") from error
-
-
-def reading_workers(device: str, cores: int) -> int:
-    """Return how many processes read images: none on a CPU, where the encoder needs all cores."""
-    return min(16, cores) if device_kind(device) == "cuda" else 0
 
 
 def extract(
@@ -145,83 +120,63 @@ def extract(
         raise UserError(f"on_error={on_error!r} was given; choose raise or skip.")
     images = images if isinstance(images, ImageSet) else load_images(images)
     chain = chain or resize_chain(resolution, size=images.size, id_size=id_size)
-    device = pick_device(device)
+    device = torch.device(pick_device(device))
     made_from = {"images": images.sha256, "weights": encoder.weights_sha256, "chain": chain}
-    made_with = {"device": device_kind(device), "precision": "float32", "version": VERSION}
+    made_with = {"device": device.type, "precision": "float32", "version": VERSION}
     name = key(encoder=encoder.about, **made_from, **made_with)
     file = cache_folder() / "features" / f"{name}.npy"
     with locked(file):
         if not file.is_file():
-            _extract_to(file, _Pixels(images, chain), encoder, batch_size, device, progress)
+            _extract_to(file, images, chain, encoder, batch_size, device, progress)
     try:
         values = np.load(file, mmap_mode="r")
     except (OSError, ValueError) as error:
         raise UserError(f"The features {file} are damaged ({error}); delete them.") from error
-    readable = np.flatnonzero(np.isfinite(values[:, 0, 0]))
-    if len(readable) < len(images):
-        lost = np.setdiff1d(np.arange(len(images)), readable)
-        what = f"{len(lost)} of {len(images)} images of {images.name} cannot be read, "
-        what += f"{images.ids[lost[0]]!r} first"
-        if on_error == "raise" or not len(readable):
+    rows, n = np.flatnonzero(np.isfinite(values[:, 0, 0])), len(images)
+    if len(rows) < n:
+        first = images.ids[np.setdiff1d(range(n), rows)[0]]
+        what = f"{n - len(rows)} of {n} images of {images.name} cannot be read, {first!r} first"
+        if on_error == "raise" or not len(rows):
             raise UserError(f"{what}; mend or remove them, or skip them (--skip-unreadable).")
         tqdm.write(f"{what}; they are left out.", file=sys.stderr)
-        values, images = values[readable], images.take(readable)
-    about = (encoder.channels, encoder.name, encoder.weights_sha256, device)
-    return Features(values, readable, images, *about)
+        values, images = values[rows], images.take(rows)
+    about = (encoder.channels, encoder.name, encoder.weights_sha256, str(device))
+    return Features(values, rows, images, *about)
 
 
-class _Pixels(Dataset):
-    """The row and the pixels of each image from ``first`` on; None where it cannot be read."""
-
-    def __init__(self, images: ImageSet, chain: Sequence[tuple]) -> None:
-        self.images, self.chain, self.first = images, chain, 0
-
-    def __len__(self) -> int:
-        return len(self.images) - self.first
-
-    def __getitem__(self, i: int) -> tuple[int, np.ndarray | None]:
-        row = self.first + i
-        try:
-            return row, np.array(resize(self.images.image(row), self.chain))
-        except UserError:
-            return row, None
+def _read(images: ImageSet, chain: Sequence[tuple], rows: list[int]) -> tuple[list, dict]:
+    """Return the rows, and by its row the pixels of each image that can be read."""
+    pixels = {}
+    for row in rows:
+        with suppress(UserError):
+            pixels[row] = np.array(resize(images.image(row), chain))
+    return rows, pixels
 
 
-def _extract_to(file, pixels, encoder, batch_size, device, progress) -> None:
+def _extract_to(file, images, chain, encoder, batch_size, device, progress) -> None:
     """Fill an array on disk batch by batch, and move it into place.
 
     It starts as NaN, so that a run that was cut off shows how far it came; rows of unreadable
     images become infinite.
     """
-    if sys.platform == "linux":  # glibc is to keep large freed blocks: twice the images/s
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 0)
-        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            mallopt(option, 1 << 30)
     torch.backends.cudnn.allow_tf32 = False  # features of a GPU are float32 too
-    draft, total = file.with_suffix(".partial"), len(pixels)
+    draft, shape = file.with_suffix(".draft"), (len(images), len(POOLINGS), sum(encoder.channels))
     if not draft.is_file():
-        shape, empty = (total, len(POOLINGS), sum(encoder.channels)), draft.with_suffix(".empty")
-        if shutil.disk_usage(file.parent).free < 4 * math.prod(shape):
-            raise UserError(f"{file.parent} has no room for {shape} numbers; make room there.")
-        np.lib.format.open_memmap(empty, "w+", np.float32, shape)[:] = np.nan
-        empty.rename(draft)
-    values = np.lib.format.open_memmap(draft, "r+")
-    pixels.first = int(np.isnan(np.append(values[:, -1, -1], np.nan)).argmax())
-    encoder, kind = encoder.to(device), device_kind(device)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = reading_workers(device, cores or 1)  # started once, not forked beside CUDA
-    options = {"num_workers": workers, "multiprocessing_context": "spawn" if workers else None}
-    batches = DataLoader(
-        pixels, batch_size or {"cuda": 256}.get(kind, 32), collate_fn=list, **options
-    )
-    options = {"initial": pixels.first, "desc": pixels.images.name, "disable": not progress}
-    with tqdm(total=total, unit="image", **options) as bar:
-        for batch in batches:
-            values[[row for row, image in batch if image is None]] = np.inf
-            readable = [(row, image) for row, image in batch if image is not None]
-            if readable:
-                found = torch.from_numpy(np.stack([image for _, image in readable])).to(device)
-                values[[row for row, _ in readable]] = encoder(found).cpu().numpy()
-            bar.update(len(batch))
-    values.flush()
-    draft.rename(file)
+        replace_file(draft, np.broadcast_to(np.float32(np.nan), shape).tofile)
+    values = np.memmap(draft, np.float32, "r+", shape=shape)
+    done = int(np.isnan(np.append(values[:, -1, -1], np.nan)).argmax())
+    workers = min(16, torch.get_num_threads()) if device.type == "cuda" else 0
+    size, start = batch_size or (256 if workers else 32), "spawn" if workers else None
+    options = {"num_workers": workers, "multiprocessing_context": start}  # not forked beside CUDA
+    options |= {"collate_fn": partial(_read, images, chain)}
+    batches, encoder = DataLoader(range(done, len(images)), size, **options), encoder.to(device)
+    bar = tqdm(batches, images.name, unit="image", unit_scale=size, disable=not progress)
+    for rows, pixels in bar:
+        values[[row for row in rows if row not in pixels]] = np.inf
+        if pixels:
+            found = encoder(torch.from_numpy(np.stack([*pixels.values()])).to(device)).cpu().numpy()
+            which = f"images of {images.name} from {images.ids[rows[0]]!r} on"
+            check_finite(found.reshape(len(found), -1), which)
+            values[[*pixels]] = found
+    replace_file(file, lambda path: np.save(path, values))
+    draft.unlink()

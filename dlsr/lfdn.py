@@ -29,27 +29,33 @@ def zero(linear: nn.Linear) -> nn.Linear:
 class ResidualBlock(nn.Module):
     """Compute x + Linear0(SiLU(GN(Linear(SiLU(GN(x))) + Linear(SiLU(emb))))).
 
-    GroupNorm with one group is LayerNorm on vectors. Linear0 starts at zero.
+    GroupNorm with one group is LayerNorm on vectors. Linear0 starts at zero. Without a
+    ``time_width`` there is no embedding.
     """
 
-    def __init__(self, width: int, time_width: int) -> None:
+    def __init__(self, width: int, time_width: int = 0) -> None:
         super().__init__()
         self.into = nn.Sequential(nn.GroupNorm(1, width), nn.SiLU(), nn.Linear(width, width))
-        self.time = nn.Sequential(nn.SiLU(), nn.Linear(time_width, width))
+        if time_width:
+            self.time = nn.Sequential(nn.SiLU(), nn.Linear(time_width, width))
         self.out = nn.Sequential(nn.GroupNorm(1, width), nn.SiLU(), zero(nn.Linear(width, width)))
 
-    def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
-        return x + self.out(self.into(x) + self.time(emb))
+    def forward(self, x: torch.Tensor, emb: torch.Tensor | None = None) -> torch.Tensor:
+        h = self.into(x)
+        return x + self.out(h if emb is None else h + self.time(emb))
 
 
 class LFDN(nn.Module):
     """Predict z0 from z_t and t.
 
     ``features`` is c, the length of z0. The paper's size, a width of 1440 and 16 blocks, has 86.74
-    million parameters at c = 720. Raises `UserError` for sizes below 1 or an odd width.
+    million parameters at c = 720. Without a ``timestep`` it is the paper's autoencoder, "the LFDN
+    network without the timestep embedding". Raises `UserError` for sizes below 1 or an odd width.
     """
 
-    def __init__(self, features: int, *, width: int = 1440, blocks: int = 16) -> None:
+    def __init__(
+        self, features: int, *, width: int = 1440, blocks: int = 16, timestep: bool = True
+    ) -> None:
         super().__init__()
         if min(features, blocks) < 1 or width < 2 or width % 2:
             raise UserError(
@@ -58,18 +64,18 @@ class LFDN(nn.Module):
             )
         self.features, self.width = features, width
         self.into = nn.Sequential(nn.SiLU(), nn.Linear(features, width))
-        self.time = nn.Sequential(
-            nn.Linear(width, features), nn.SiLU(), nn.Linear(features, features)
-        )
-        self.blocks = nn.ModuleList(ResidualBlock(width, features) for _ in range(blocks))
-        self.out = nn.Sequential(
-            nn.GroupNorm(1, width), nn.SiLU(), zero(nn.Linear(width, features))
-        )
+        if timestep:
+            layers = nn.Linear(width, features), nn.SiLU(), nn.Linear(features, features)
+            self.time = nn.Sequential(*layers)
+        time_width = features if timestep else 0
+        self.blocks = nn.ModuleList(ResidualBlock(width, time_width) for _ in range(blocks))
+        last = zero(nn.Linear(width, features))
+        self.out = nn.Sequential(nn.GroupNorm(1, width), nn.SiLU(), last)
 
-    def forward(self, z_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def forward(self, z_t: torch.Tensor, t: torch.Tensor | None = None) -> torch.Tensor:
         """Return the predicted z0, (N, c), of z_t, (N, c), at 0-based timesteps t, (N,)."""
         x = self.into(z_t)
-        emb = self.time(sinusoid(t, self.width))
+        emb = None if t is None else self.time(sinusoid(t, self.width))
         for block in self.blocks:
             x = block(x, emb)
         return self.out(x)

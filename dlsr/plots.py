@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from IPython.display import HTML, display
+from IPython.display import HTML
 from matplotlib.figure import Figure
 
 from dlsr.data import set_title
@@ -18,19 +18,17 @@ NAMES = {"auroc": "AUROC, %, higher is better", "fpr95": "FPR95, %, lower is bet
 _P = sns.color_palette("colorblind")
 COLOURS = {  # one colour a method, through the whole book
     "MSE": _P[3], "LR": _P[4], "MFsim": _P[0], "AE, MFsim": _P[1], "VAE, MFsim": _P[5],
-    "kNN": _P[2], "Mahalanobis": "0.15", "MSP": _P[7], "Energy": _P[7], "DICE": _P[7],
-    "ASH-S": _P[7],
-}  # fmt: skip
-ROLES = {"id": _P[0], "near": _P[1], "far": _P[2]}
+    "kNN": _P[2], "Mahalanobis": "0.15",
+} | dict.fromkeys(["MSP", "Energy", "DICE", "ASH-S"], _P[7])  # fmt: skip
 
 
 def figure(height: float, *, rows: int = 1, columns: int = 1, **options):
     """Return a figure in the book's style and its axes, (rows, columns)."""
-    sns.set_theme(style="whitegrid", palette="colorblind", font_scale=0.85)
-    plt.rcParams |= {"figure.dpi": 120, "axes.titlesize": "medium", "figure.titleweight": "bold"}
-    plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False}
-    options = {"squeeze": False, "layout": "constrained"} | options
-    return plt.subplots(rows, columns, figsize=(WIDTH, height), **options)
+    style = {"figure.dpi": 120, "axes.titlesize": "medium", "figure.titleweight": "bold"}
+    style |= {"axes.spines.top": False, "axes.spines.right": False}
+    sns.set_theme(style="whitegrid", palette="colorblind", font_scale=0.85, rc=style)
+    options = {"figsize": (WIDTH, height), "squeeze": False, "layout": "constrained"} | options
+    return plt.subplots(rows, columns, **options)
 
 
 def finish(drawn: Figure, title: str) -> Figure:
@@ -45,11 +43,13 @@ def colour(method: str):
     return COLOURS.get(method, COLOURS.get(method.split(",")[0], "0.45"))
 
 
-def show_table(table: pd.DataFrame, caption: str = "") -> HTML:
-    """Return a table as HTML without its index, numbers with one decimal."""
-    options = {"index": False, "border": 0, "classes": "table", "na_rep": "–", "justify": "left"}
-    text = table.rename_axis(columns=None).to_html(float_format="{:.1f}".format, **options)
-    return HTML(_captioned(text, caption))
+def show_table(table: pd.DataFrame, caption: str = "", **options) -> HTML:
+    """Return a table as HTML without its index, numbers with one decimal, with pandas' options."""
+    options = {"classes": "table", "float_format": "{:.1f}".format} | options
+    options |= {"index": False, "border": 0, "na_rep": "–", "justify": "left"}
+    text = table.rename_axis(columns=None).to_html(**options)
+    above = f"<p class='caption'>{html.escape(caption)}</p>" if caption else ""
+    return HTML(f"<div class='table-box'>{above}{text}</div>")
 
 
 def comparison_table(both: pd.DataFrame, metric: str = "auroc", *, caption: str = "") -> HTML:
@@ -58,18 +58,17 @@ def comparison_table(both: pd.DataFrame, metric: str = "auroc", *, caption: str 
     ``both`` is what `evaluation.beside_paper` returns. Notes below say which sets are not whole.
     """
     rows = both[(both["metric"] == metric) & (both["versus"] == "")]
-    sets = sorted(dict.fromkeys(rows["ood"]), key=lambda name: name == AVERAGE)
-    notes = {f"{set_title(k)}: {v}." for k, v in both.attrs.get("partial", {}).items() if v}
-    cells = rows.assign(cell=rows.apply(_cell, axis=1)).pivot(
-        index="method", columns="ood", values="cell"
-    )
-    table = cells.loc[rows["method"].unique(), sets].fillna("–").reset_index()
-    table.columns = ["", *("mean" if name == AVERAGE else set_title(name) for name in sets)]
-    options = {"index": False, "border": 0, "classes": "table comparison", "escape": False}
+    rows = rows.assign(cell=rows.apply(_cell, axis=1), method=rows["method"].map(html.escape))
+    sets = sorted(rows["ood"].unique(), key=lambda name: name == AVERAGE)
+    table = rows.pivot(index="method", columns="ood", values="cell")
+    table = table.loc[rows["method"].unique(), sets].reset_index()
+    titles = {name: set_title(name) for name in sets} | {AVERAGE: "mean"}
+    table.columns = ["", *(html.escape(titles[name]) for name in sets)]
     caption = caption or f"ID: {set_title(rows['id'].iloc[0])}. {NAMES[metric]}."
-    below = " ".join(html.escape(note) for note in sorted(notes))
-    below = f"<p class='notes'>Not the whole sets: {below}</p>" if below else ""
-    return HTML(_captioned(table.to_html(justify="left", **options), caption) + below)
+    shown = show_table(table, caption, classes="table comparison", escape=False)
+    notes = {f"{set_title(k)}: {v}." for k, v in both.attrs.get("partial", {}).items() if v}
+    below = f"Not the whole sets: {html.escape(' '.join(sorted(notes)))}"
+    return HTML(shown.data + f"<p class='notes'>{below}</p>") if notes else shown
 
 
 def _cell(row: pd.Series) -> str:
@@ -78,11 +77,6 @@ def _cell(row: pd.Series) -> str:
     text += ", {difference:+.1f}" if pd.notna(row.get("difference")) else ""
     tenths = {k: round(v, 1) + 0.0 for k, v in row.items() if isinstance(v, float)}  # no -0.0
     return text.format(**tenths) + "</span>"
-
-
-def _captioned(table: str, caption: str) -> str:
-    below = f"<p class='caption'>{html.escape(caption)}</p>" if caption else ""
-    return f"<div class='table-box'>{below}{table}</div>"
 
 
 def comparison_figure(both: pd.DataFrame, *, title: str, methods: Sequence[str] = ()) -> Figure:
@@ -95,26 +89,15 @@ def comparison_figure(both: pd.DataFrame, *, title: str, methods: Sequence[str] 
     chosen = list(methods or rows["method"].unique())
     rows = pd.concat([rows[rows["method"] == method] for method in chosen], ignore_index=True)
     drawn, axes = figure(0.9 + 0.2 * len(rows))
-    axis, y = axes[0][0], -np.arange(len(rows))
-    shade = [colour(method) for method in rows["method"]]
-    error = {name: np.maximum(100 - rows[name], 0.01) for name in ("value", "ci_low", "ci_high")}
+    axis, y, shade = axes[0][0], -np.arange(len(rows)), rows["method"].map(colour)
+    error = np.maximum(100 - rows.reindex(columns=["value", "ci_low", "ci_high", "paper"]), 0.01)
     axis.hlines(y, error["ci_high"], error["ci_low"], colors=shade, lw=2)
     axis.scatter(error["value"], y, color=shade, s=26, zorder=3)
-    if "paper" in rows:
-        paper = np.maximum(100 - rows["paper"], 0.01)
-        axis.scatter(paper, y, marker="D", facecolors="white", edgecolors=shade, s=26, zorder=2)
-    names = rows["ood"].map(lambda name: "mean" if name == AVERAGE else set_title(name))
-    axis.set(xscale="log", yticks=y, yticklabels=rows["method"] + ": " + names)
+    axis.scatter(error["paper"], y, c="white", edgecolors=shade, marker="D", s=26, zorder=2)
+    titles = {name: set_title(name) for name in rows["ood"]} | {AVERAGE: "mean"}
+    axis.set(xscale="log", yticks=y, yticklabels=rows["method"] + ": " + rows["ood"].map(titles))
     axis.set_xlabel("100 % − AUROC (log scale; left is better)")
+    axis.xaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter("{x:g}")
+    axis.minorticks_off()
     return finish(drawn, title)
-
-
-def glue(name: str, value: float | str) -> None:
-    """Keep a value in the notebook's output, invisibly, for other pages of the book.
-
-    This writes what ``myst_nb.glue`` writes, so that a kernel, of Colab, say, needs no myst_nb.
-    """
-    prefix = "application/papermill.record/"
-    about = {"scrapbook": {"name": name, "mime_prefix": prefix}}
-    display({f"{prefix}text/plain": repr(value)}, raw=True, metadata=about)

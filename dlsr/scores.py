@@ -6,65 +6,57 @@ z0 and reconstructions are (N, c) float32; ``channels`` are the widths of the M 
 from collections.abc import Sequence
 
 import numpy as np
+from numpy import ndarray
 
 from dlsr.errors import UserError
 from dlsr.features import layer_slices
 
 
-def mse(z0: np.ndarray, reconstruction: np.ndarray) -> np.ndarray:
+def mse(z0: ndarray, reconstruction: ndarray) -> ndarray:
     """Return the mean squared error over all c numbers, (N,) (the paper's MSE)."""
     return ((z0 - reconstruction) ** 2).mean(axis=1)
 
 
-def mse_by_layer(z0: np.ndarray, reconstruction: np.ndarray, channels: Sequence[int]) -> np.ndarray:
+def mse_by_layer(z0: ndarray, reconstruction: ndarray, channels: Sequence[int]) -> ndarray:
     """Return the mean squared error of each layer, (N, M)."""
     layers = layer_slices(channels)
     return np.stack([mse(z0[:, s], reconstruction[:, s]) for s in layers], axis=1)
 
 
 def mfsim(
-    z0: np.ndarray,
-    reconstruction: np.ndarray,
-    channels: Sequence[int],
-    *,
+    z0: ndarray, reconstruction: ndarray, channels: Sequence[int], *,
     layers: str | Sequence[int] = "2..M",
-) -> np.ndarray:
+) -> ndarray:  # fmt: skip
     """Return minus the mean cosine similarity over layers, (N,) (the paper's MFsim).
 
     ``layers`` are ``"all"``, as the paper says; ``"2..M"``, since the released code's list of
     slices lacks its leading 0 and so leaves out layer 1; or the numbers of layers, counted from 1.
-    Where there is only one layer, ``"2..M"`` takes it. Raises `UserError` for a layer that is not
-    there.
+    Where there is only one layer, ``"2..M"`` takes it. Raises `UserError` for a missing layer.
     """
-    number = len(channels)
+    every = range(1, len(channels) + 1)
     if isinstance(layers, str):
-        named = {"all": range(1, number + 1), "2..M": range(min(2, number), number + 1)}
-        layers = named.get(layers, [layers])
-    if not set(layers) <= set(range(1, number + 1)) or not len(layers):
+        layers = {"all": every, "2..M": every[1:] or every}.get(layers, [layers])
+    if not set(layers) <= set(every) or not len(layers):
         raise UserError(
-            f"layers={list(layers)} was given; it is 'all', '2..M' or numbers from 1 to {number}."
+            f"layers={[*layers]} was given; it is 'all', '2..M' or numbers from 1 to {len(every)}."
         )
     by_layer = mfsim_by_layer(z0, reconstruction, channels)
     return by_layer[:, [m - 1 for m in layers]].mean(axis=1)
 
 
-def mfsim_by_layer(
-    z0: np.ndarray, reconstruction: np.ndarray, channels: Sequence[int]
-) -> np.ndarray:
+def mfsim_by_layer(z0: ndarray, reconstruction: ndarray, channels: Sequence[int]) -> ndarray:
     """Return minus the cosine similarity of each layer, (N, M); 0 where a vector is all zeros."""
-    layers = layer_slices(channels)
-    return np.stack([-_cosine(z0[:, s], reconstruction[:, s]) for s in layers], axis=1)
+    columns = []
+    for layer in layer_slices(channels):
+        a, b = z0[:, layer], reconstruction[:, layer]
+        norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+        columns.append(-(a * b).sum(axis=1) / np.maximum(norms, 1e-8))
+    return np.stack(columns, axis=1)
 
 
-def lr(z0: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:
+def lr(z0: ndarray, first: ndarray, last: ndarray) -> ndarray:
     """Return the MSE under the first epoch's network minus that under the last one's, (N,).
 
-    This is the paper's LR with its printed sign. ``first`` and ``last`` are the two
-    reconstructions.
+    This is the paper's LR with its printed sign. ``first`` and ``last`` are the reconstructions.
     """
     return mse(z0, first) - mse(z0, last)
-
-
-def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    return (a * b).sum(axis=1) / np.maximum(norms, 1e-8)

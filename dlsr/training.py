@@ -4,11 +4,10 @@ Source: section 3.2 and appendix of the paper; the moving average is the release
 ``ema.py``.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from tqdm import tqdm
 from dlsr.cache import array_sha256, cache_folder, key, locked, read_tensors, write_tensors
 from dlsr.diffusion import T, add_noise, noise_schedule
 from dlsr.errors import UserError
-from dlsr.features import check_finite, device_kind, pick_device
+from dlsr.features import check_finite, pick_device
 from dlsr.lfdn import LFDN
 
 VERSION = 1  # raise it when the same settings give other networks
@@ -39,9 +38,9 @@ class Networks:
 
     last: nn.Module
     first: nn.Module
-    losses: list[float] = field(default_factory=list)
-    seconds: float = 0.0
-    device: str = "cpu"
+    losses: list[float]
+    seconds: float
+    device: str
 
 
 def train(z0: np.ndarray, *, width: int = 1440, blocks: int = 16, **options: object) -> Networks:
@@ -87,28 +86,26 @@ def fit_network(
     vectors, or a loss that is not finite.
     """
     x, device = np.ascontiguousarray(x, dtype=np.float32), pick_device(device)
-    rates = {"lr": lr, "weight_decay": weight_decay}
-    settings = {"epochs": epochs, "batch_size": batch_size, "seed": seed} | rates
+    settings = {"epochs": epochs, "batch_size": batch_size, "seed": seed}
+    settings |= {"lr": lr, "weight_decay": weight_decay}
     _check(x, settings)
-    settings |= {"name": name, "size": dict(size), "x": array_sha256(x), "version": VERSION}
-    settings |= {"device": device_kind(device), "precision": precision_of(device)}
-    file = cache_folder() / "networks" / f"{key(**settings)}.safetensors"
+    made_of = {"name": name, "size": dict(size), "x": array_sha256(x), "version": VERSION}
+    made_on = {"device": torch.device(device).type, "precision": precision_of(device)}
+    file = cache_folder() / "networks" / f"{key(**settings, **made_of, **made_on)}.safetensors"
     with locked(file):
         if not file.is_file():
-            state = new_state(build, seed, device, **rates)
-            _train_to(file, state, x, loss, decay, epochs, batch_size, name if progress else "")
+            _train_to(file, x, build, loss, decay, name if progress else "", device, **settings)
     about, tensors = read_tensors(file)
     with torch.random.fork_rng(devices=[]):  # the initial weights are replaced
-        networks = [build() for _ in range(2)]
-    for network, part in zip(networks, ("last", "first"), strict=True):
-        network.load_state_dict(weights_of(part, tensors))
-        network.to(device).eval().requires_grad_(False)
-    return Networks(*networks, about["losses"], about["seconds"], device)
+        networks = nn.ModuleDict({"last": build(), "first": build()})
+    networks.load_state_dict(tensors)
+    networks.to(device).eval().requires_grad_(False)
+    return Networks(**networks, losses=about["losses"], seconds=about["seconds"], device=device)
 
 
-def precision_of(device: str) -> str:
+def precision_of(device: str | torch.device) -> str:
     """Return the precision in which a loss is computed on a device."""
-    return "bf16" if device_kind(device) == "cuda" else "float32"
+    return "bf16" if torch.device(device).type == "cuda" else "float32"
 
 
 def streams(seed: int) -> list[int]:
@@ -117,39 +114,53 @@ def streams(seed: int) -> list[int]:
     return [int(child.generate_state(1, np.uint64)[0] >> 1) for child in children]
 
 
-@dataclass
-class TrainingState(Networks):
+class TrainingState(nn.Module):
     """Everything that changes in training, so that it can be written and read back whole."""
 
-    network: nn.Module = None
-    optimizer: torch.optim.Optimizer = None
-    draws: tuple[torch.Generator, ...] = ()  # of batch order and of noise
-    updates: int = 0
+    def __init__(self, build: Callable, seed: int, device: str, **rates: float) -> None:
+        super().__init__()
+        weights, *others = streams(seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(weights)
+            self.network = build().to(device)
+        self.last, self.first = (deepcopy(self.network).requires_grad_(False) for _ in range(2))
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), **rates, fused=True)
+        self.draws = [torch.Generator(device).manual_seed(other) for other in others]
+        self.updates, self.losses, self.seconds = 0, [], 0.0
 
+    def write(self, file: Path, *, finished: bool) -> None:
+        """Write the state into a file; of a finished training only what is returned."""
+        tensors = self.last.state_dict(prefix="last.") | self.first.state_dict(prefix="first.")
+        if not finished:
+            tensors |= self.network.state_dict(prefix="network.")
+            tensors |= {f"draws.{i}": draws.get_state() for i, draws in enumerate(self.draws)}
+            for i, moments in self.optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer.{i}.{name}": value for name, value in moments.items()}
+        names = ("updates", "losses", "seconds")
+        write_tensors(file, tensors, {name: getattr(self, name) for name in names})
 
-def new_state(build: Callable, seed: int, device: str, **rates: float) -> TrainingState:
-    """Return the state before the first epoch."""
-    weights, *others = streams(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(weights)
-        network = build().to(device)
-    last, first = (deepcopy(network).requires_grad_(False) for _ in range(2))
-    optimizer = torch.optim.AdamW(network.parameters(), **rates, fused=True)
-    draws = tuple(torch.Generator(device).manual_seed(other) for other in others)
-    parts = {"network": network, "optimizer": optimizer, "draws": draws}
-    return TrainingState(last, first, device=device, **parts)
+    def read(self, file: Path) -> None:
+        """Become the state that was written into a file."""
+        about, tensors = read_tensors(file)
+        vars(self).update(about)
+        for i, draws in enumerate(self.draws):
+            draws.set_state(tensors.pop(f"draws.{i}"))
+        content, names = self.optimizer.state_dict(), ("step", "exp_avg", "exp_avg_sq")
+        for i in content["param_groups"][0]["params"]:
+            content["state"][i] = {name: tensors.pop(f"optimizer.{i}.{name}") for name in names}
+        self.optimizer.load_state_dict(content)
+        self.load_state_dict(tensors)
 
 
 def run_epoch(
     state: TrainingState, x: Tensor, batches: Iterable[Tensor], loss: Loss, decay: Callable,
 ) -> None:  # fmt: skip
-    """Take one step for each batch of rows of x, and note the epoch's mean loss.
+    """Take one step for each batch of rows of x, all rows once, and note the epoch's mean loss.
 
     After the first epoch, ``state.last`` is copied to ``state.first``. Raises `UserError` if the
     loss is not finite.
     """
-    total, seen = torch.zeros((), device=x.device), 0
-    autocast = precision_of(state.device) == "bf16"
+    total, autocast = torch.zeros((), device=x.device), precision_of(x.device) == "bf16"
     for rows in batches:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
             value = loss(state.network, x[rows], state.draws[-1])
@@ -161,60 +172,29 @@ def run_epoch(
             averaged, current = list(state.last.parameters()), list(state.network.parameters())
             torch._foreach_lerp_(averaged, current, 1 - decay(state.updates))
         total += value.detach() * len(rows)
-        seen += len(rows)
-    state.losses.append(total.item() / seen)
-    if not math.isfinite(state.losses[-1]):
+    state.losses.append(total.item() / len(x))
+    if not np.isfinite(state.losses[-1]):
         raise UserError(f"The loss became {state.losses[-1]} in training; lower lr.")
     if len(state.losses) == 1:
         state.first.load_state_dict(state.last.state_dict())
 
 
-def _train_to(file, state, x, loss, decay, epochs, batch_size, title) -> None:
+def _train_to(file, x, build, loss, decay, title, device, *, epochs, batch_size, seed, **rates):
     """Train from the start or from the checkpoint beside ``file``; write the finished networks."""
-    checkpoint, x = file.with_suffix(".partial"), torch.tensor(x, device=state.device)
+    state, x = TrainingState(build, seed, device, **rates), torch.tensor(x, device=device)
+    checkpoint = file.with_suffix(".partial")
     if checkpoint.is_file():
-        _restore(checkpoint, state)
+        state.read(checkpoint)
     todo = range(len(state.losses) + 1, epochs + 1)
     for epoch in tqdm(todo, unit="epoch", desc=title, disable=not title):
         began = time.perf_counter()
         order = torch.randperm(len(x), generator=state.draws[0], device=x.device)
         run_epoch(state, x, order.split(batch_size), loss, decay)  # the smaller last batch too
         state.seconds += time.perf_counter() - began
-        about = {name: getattr(state, name) for name in ("updates", "losses", "seconds")}
-        finished = {name: getattr(state, name).state_dict() for name in ("last", "first")}
-        if epoch == epochs:
-            write_tensors(file, flattened(finished), about)
-        elif epoch % CHECKPOINT_EVERY == 0:
-            moments = state.optimizer.state_dict()["state"]
-            resumable = {f"optimizer.{i}": values for i, values in moments.items()}
-            resumable["draws"] = {str(i): g.get_state() for i, g in enumerate(state.draws)}
-            resumable |= finished | {"network": state.network.state_dict()}
-            write_tensors(checkpoint, flattened(resumable), about)
+        if epoch % CHECKPOINT_EVERY == 0:
+            state.write(checkpoint, finished=False)
+    state.write(file, finished=True)
     checkpoint.unlink(missing_ok=True)
-
-
-def _restore(checkpoint: Path, state: TrainingState) -> None:
-    """Bring a new state to where the checkpoint was written."""
-    about, tensors = read_tensors(checkpoint)
-    vars(state).update(about)
-    for name in ("network", "last", "first"):
-        getattr(state, name).load_state_dict(weights_of(name, tensors))
-    for i, draws in enumerate(state.draws):
-        draws.set_state(tensors[f"draws.{i}"])
-    groups = state.optimizer.state_dict()["param_groups"]
-    moments = {i: weights_of(f"optimizer.{i}", tensors) for i in groups[0]["params"]}
-    state.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-
-
-def flattened(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the tensors of several networks in one dict, under the network's name and a dot."""
-    return {f"{name}.{k}": v for name, tensors in parts.items() for k, v in tensors.items()}
-
-
-def weights_of(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return one network's tensors out of what `flattened` returned."""
-    prefix = f"{name}."
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def _check(x: np.ndarray, settings: Mapping[str, float]) -> None:

@@ -1,6 +1,7 @@
 """Common to all tests: a cache of their own, no network, and stand-ins for data and encoder."""
 
 import io
+import json
 import os
 import socket
 import subprocess
@@ -146,3 +147,13 @@ def one_sentence(error):
     assert text
     assert "\n" not in text
     return text
+
+
+def from_page(page, *names):
+    """Return functions that the cells of a notebook define, by its own imports."""
+    notebook, found = json.loads((ROOT / "notebooks" / f"{page}.ipynb").read_text("utf-8")), {}
+    sources = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    for source in sources:
+        if "import dlsr\n" in source or any(f"def {name}(" in source for name in names):
+            exec(source, found)
+    return [found[name] for name in names]

@@ -133,9 +133,6 @@ def test_an_image_is_turned_as_its_exif_tag_says(form, tag, turn):
     assert np.array_equal(as_rgb(pixels, form, exif=exif), np.asarray(turned))
 
 
-# Subsets, and the hash of the image list
-
-
 def test_a_pick_is_the_same_in_every_call_and_on_every_machine(tmp_path):
     folder = write_folder(tmp_path / "photos", 10)
     images, chosen = load_images(folder), load_images(folder, n=4)
@@ -188,9 +185,6 @@ def test_hashes_are_kept_and_a_changed_file_is_noticed(kind, tmp_path, monkeypat
     assert np.abs(values[0] - values[1]).max() > 0.1
 
 
-# Resizing
-
-
 def test_resizing_goes_step_by_step_as_height_and_width_and_averages_all_pixels():
     assert resize_chain("native", size=None) == (FULL,)
     assert resize_chain("matched", size=CIFAR, id_size=CIFAR) == (FULL,)
@@ -220,13 +214,19 @@ def register(monkeypatch, tmp_path):
     return change
 
 
-@pytest.mark.parametrize("per_group", [1, 2, 5])
-def test_a_pack_is_read_back(register, per_group):
+@pytest.mark.parametrize(("per_group", "groups"), [(1, [4, 0, 3, 1, 2]), (2, [2, 0, 1, 0, 1]), (5, [0])])
+def test_a_pack_is_read_back_and_an_image_costs_its_row_group_at_most(
+    register, per_group, groups, monkeypatch
+):
+    asked, read = [], pq.ParquetFile.iter_batches
+    spy = lambda *one, **options: asked.extend(options["row_groups"]) or read(*one, **options)  # noqa: E731
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", spy)
     pixels = write_pack(register("cifar10/test", images=5, size=(6, 5)), per_group=per_group)
     images, order = load_images("cifar10/test"), [4, 0, 3, 1, 2]
     assert images.ids == [f"{i}.png" for i in range(5)]
     assert (images.name, images.size, images.labels) == ("cifar10/test", (6, 5), list("01010"))
     assert np.array_equal(pixels_of(images.take(order)), pixels[order])
+    assert asked == groups
 
 
 @pytest.mark.parametrize("per_group", [100, 4200])
@@ -386,6 +386,17 @@ def test_an_archive_is_got_and_unpacked_once_and_its_set_is_read(name, put, monk
             assert np.array_equal(pixels_of(images), PIXELS[:3])
             file.unlink(missing_ok=True)  # the second time it is not needed
     assert asked == [f"https://host.example/place/{name}?dl=1"]
+
+
+ARCHIVES = [key for key, row in registry().items() if row.url]
+LAYOUTS = """notMNIST_small/A/a.png tiny-imagenet-200/val/images/val_b.JPEG LSUN/test/c.png
+LSUN_resize/LSUN_resize/d.png iSUN/iSUN_patches/e.jpeg SUN/images/f.jpg iNaturalist/images/g.jpg"""
+
+
+@pytest.mark.parametrize(("key", "layout"), [*zip(ARCHIVES, LAYOUTS.split(), strict=True)])
+def test_a_published_archive_is_read_in_its_layout(key, layout, put):
+    put(archive_of(dict.fromkeys(LAYOUTS.split(), encoded(PIXELS[0]))), key, images=1)
+    assert [Path(name).name for name in load_images(key).ids] == [Path(layout).name]
 
 
 @pytest.mark.parametrize("name", ["set.tar.gz", "set.zip"])

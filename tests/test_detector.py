@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from dlsr import detector as module
-from dlsr.baselines import KNN, Gaussian
+from dlsr.baselines import fit_gaussian, fit_knn
 from dlsr.detector import METHODS, DLSRDetector
 from dlsr.diffusion import ddim_released, fixed_noise, reconstruct
 from dlsr.errors import UserError
@@ -77,9 +77,8 @@ def test_a_detector_that_is_not_fitted_says_so():
 
 def test_the_threshold_is_the_95th_percentile_of_held_out_images(monkeypatch):
     fitted = []
-    fit = Gaussian.fit
-    spy = lambda self, z: (fitted.append(z), fit(self, z))[1]  # noqa: E731
-    monkeypatch.setattr(module.Gaussian, "fit", spy)
+    spy = lambda z: (fitted.append(z), fit_gaussian(z))[1]  # noqa: E731
+    monkeypatch.setattr(module, "fit_gaussian", spy)
     detector = tiny(calibration_fraction=0.2).fit(ID)
     assert len(fitted[0]) == 240
     held_out = [row for row in ID.tolist() if row not in fitted[0].tolist()]
@@ -103,12 +102,12 @@ def test_about_95_percent_of_id_is_accepted_and_ood_is_not(method):
 def test_each_score_is_what_its_function_says():
     order = np.random.RandomState(0).permutation(300)
     z = ID[np.sort(order[30:])]
-    for method, model in (("gaussian", Gaussian()), ("knn", KNN(7))):
-        expected = model.fit(z).ood_score(ID_TEST)
+    for method, score in (("gaussian", fit_gaussian(z)), ("knn", fit_knn(z, k=7))):
+        expected = score(ID_TEST)
         np.testing.assert_array_equal(tiny(method, k=7).fit(ID).ood_score(ID_TEST), expected)
     detector = tiny("mse").fit(ID)
     noise = fixed_noise(4, 32, seed=0)
-    back = reconstruct(detector.model_, ID_TEST, ddim_released, t=3, noise=noise)
+    back = reconstruct(detector.score_.keywords["network"], ID_TEST, ddim_released, t=3, noise=noise)
     np.testing.assert_array_equal(detector.ood_score(ID_TEST), mse(ID_TEST, back))
     for layers in ("2..M", "all"):
         scores = tiny("mfsim", layers=layers).fit(ID).ood_score(ID_TEST)

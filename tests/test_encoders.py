@@ -2,7 +2,6 @@ import hashlib
 import os
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import pytest
 import timm
@@ -29,9 +28,6 @@ def weights_of(tag=TINY, *, seed=0, without=()):
     return {name: value.contiguous() for name, value in found.items() if name not in without}
 
 
-# Choice and files
-
-
 def test_without_the_hub_there_are_no_weights_and_never_random_ones(monkeypatch, tmp_path):
     """With the hub its file is loaded, but that in the folder of the environment goes first."""
     asked, weights, own = [], weights_of(), weights_of(seed=1)
@@ -43,7 +39,7 @@ def test_without_the_hub_there_are_no_weights_and_never_random_ones(monkeypatch,
         save_file(weights, tmp_path / file)
         return str(tmp_path / file)
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr("dlsr.encoders.hf_hub_download", download)
     with pytest.raises(UserError, match="no route") as error:
         create_encoder(TINY)
     folder = tmp_path / "cache" / "weights"
@@ -101,9 +97,6 @@ def test_unknown_encoders_and_layers_are_refused(tmp_path):
         create_encoder(TINY, weights=file, layers=(0, 9))
 
 
-# Pooling
-
-
 @pytest.mark.parametrize("side", [7, 14, 28, 112])
 def test_gap_reads_all_positions_and_grid14_14_points_with_aligned_corners(side):
     row = np.random.RandomState(0).rand(side)
@@ -113,9 +106,6 @@ def test_gap_reads_all_positions_and_grid14_14_points_with_aligned_corners(side)
         assert gap(turned).item() == pytest.approx(row.mean(), abs=1e-5)
         points = np.interp(at, np.arange(side), row)
         assert grid14(turned).item() == pytest.approx(points.mean(), abs=1e-5)
-
-
-# Real networks
 
 
 def photos():
@@ -151,7 +141,7 @@ def test_b4_without_its_last_block_has_the_papers_layers():
     encoder = create_encoder("efficientnet_b4_without_last_block")
     assert encoder.channels == (24, 32, 56, 160, 448)
     assert encoder.about["identity"] == ("blocks.6.1",)
-    assert isinstance(encoder.model.blocks[6][1], nn.Identity)
+    assert isinstance(encoder.model.model.blocks[6][1], nn.Identity)
     assert encoder(photos()[:1]).std() > 0
     file = Path(os.environ["DLSR_WEIGHTS"]) / PRESETS[encoder.name]["file"]
     with pytest.raises(UserError, match=r"blocks\.6\.1"):

@@ -7,7 +7,7 @@ from dlsr import features as module
 from dlsr.cache import cache_folder, key
 from dlsr.data import load_images
 from dlsr.errors import UserError
-from dlsr.features import device_kind, extract, layer_slices, layer_zscore, reading_workers
+from dlsr.features import extract, layer_slices, layer_zscore, pick_device
 from dlsr.training import precision_of
 
 from conftest import FakeEncoder, image_set, one_sentence, run_python, write_folder
@@ -70,7 +70,7 @@ def test_features_are_the_encoders_output_in_order_in_whole_float32(encoder, mon
     assert np.array_equal(found.raw("grid14"), found.values[:, 1])
     np.testing.assert_array_equal(found.z0("grid14"), layer_zscore(found.values[:, 1], (3, 4, 5)))
     assert (found.encoder, found.weights_sha256, found.device) == ("fake", "a" * 64, "cpu")
-    assert (list(found.ids), list(found.labels)) == (image_set(5).ids, image_set(5).labels)
+    assert (list(found.images.ids), list(found.images.labels)) == (image_set(5).ids, image_set(5).labels)
 
 
 def test_a_second_call_reads_the_cache_by_memory_map_and_refuses_a_damaged_file(encoder, tmp_path):
@@ -122,11 +122,7 @@ def test_the_chain_changes_what_the_encoder_sees(encoder):
 
 
 def test_cuda_0_counts_as_cuda():
-    assert [device_kind(d) for d in ("cuda", "cuda:0", "cpu")] == ["cuda", "cuda", "cpu"]
-    assert [reading_workers(d, 8) for d in ("cuda", "cuda:1", "cpu")] == [8, 8, 0]
-    assert reading_workers("cuda:0", 64) == 16
-    assert module.pick_device() == "cpu"
-    assert module.pick_device("cuda:1") == "cuda:1"
+    assert [pick_device(d) for d in (None, "cuda:1", "cpu")] == ["cpu", "cuda:1", "cpu"]
     assert [precision_of(d) for d in ("cuda", "cuda:0", "cpu")] == ["bf16", "bf16", "float32"]
 
 
@@ -150,9 +146,8 @@ def test_reading_processes_are_spawned_once_and_read_the_same(encoder, tmp_path,
 
     expected = quiet(images, encoder, batch_size=2)
     monkeypatch.setattr(module, "DataLoader", SpyLoader)
-    monkeypatch.setattr(module, "reading_workers", lambda device, cores: 1)
-    monkeypatch.setenv("DLSR_CACHE", str(tmp_path / "fresh"))
-    found = quiet(images, FakeEncoder(), batch_size=2)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device: self)  # there is no GPU
+    found = quiet(images, FakeEncoder(), batch_size=2, device="cuda:0")
     assert np.array_equal(found.values, expected.values)
     ((workers, context),) = ((one.num_workers, one.multiprocessing_context) for one in loaders)
     assert (workers, context.get_start_method()) == (1, "spawn")
@@ -237,7 +232,7 @@ def test_unreadable_images_stop_the_run_by_name_or_are_skipped(folder, encoder, 
             quiet(folder, encoder)
         assert "skip" in one_sentence(error)
         found = quiet(folder, encoder, on_error="skip", batch_size=2)
-        assert list(found.ids) == ["000.png", "002.png", "003.png", "005.png"]
+        assert list(found.images.ids) == ["000.png", "002.png", "003.png", "005.png"]
         assert found.rows.tolist() == [0, 2, 3, 5]
         assert (len(found), found.values.shape) == (4, (4, 2, 12))
         assert "2 of 6 images of photos cannot be read, '001.png' first" in capsys.readouterr().err
@@ -250,11 +245,17 @@ def test_unreadable_images_stop_the_run_by_name_or_are_skipped(folder, encoder, 
 def test_take_of_a_skipped_row_raises_instead_of_returning_its_neighbour(folder, encoder):
     found = quiet(folder, encoder, on_error="skip")
     part = found.take([5, 2])
-    assert list(part.ids) == ["005.png", "002.png"]
+    assert list(part.images.ids) == ["005.png", "002.png"]
     assert np.array_equal(part.values, found.values[[3, 1]])
     assert np.array_equal(np.asarray(part.images.image(0)), np.asarray(found.images.image(3)))
-    assert part.take([1]).ids == ["002.png"]  # counted anew
+    assert part.take([1]).images.ids == ["002.png"]  # counted anew
     for rows in ([1], [2, 4], [6], [-1]):
         with pytest.raises(UserError, match="skipped") as error:
             found.take(rows)
         one_sentence(error)
+
+
+def test_an_encoder_that_gives_no_numbers_is_told_from_unreadable_images(folder, encoder):
+    encoder.map[1, 0, 0] = np.inf
+    with pytest.raises(UserError, match=r"4 of 4 images of photos from '000\.png' on have NaN"):
+        quiet(folder, encoder, on_error="skip")

@@ -10,7 +10,6 @@ import hashlib
 import json
 import zlib
 from functools import cache
-from itertools import product
 from operator import attrgetter
 from pathlib import Path, PurePosixPath
 
@@ -22,8 +21,11 @@ import torch
 from dlsr import data, diffusion, encoders, evaluation, features, metrics, scores, training
 from dlsr.lfdn import LFDN
 from dlsr.study import report
+from dlsr.study.paired import delong, holm, paired_p
 from scipy.sparse import csr_matrix
 from scipy.stats import rankdata
+
+from conftest import from_page
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "results"
@@ -72,7 +74,6 @@ def test_schedule_samplers_and_loss():
     for draws in (1, 8):
         back = diffusion.one_step(model, z0, t=3, noise=noise[:, :draws])
         close(back, gold[f"one_step_3_{draws}"])
-    close([diffusion.released_shares(int(t)) for t in gold["shares_n"]], gold["shares"])
     for name in (name for name in gold.files if name.startswith("random_strides")):
         t, seed = map(int, name.split("_")[-2:])
         assert diffusion.random_strides(t, seed=seed) == gold[name].tolist()
@@ -91,7 +92,7 @@ def test_zscore_and_scores():
 
 def test_two_epochs_of_training():
     rates = {"lr": 1e-3, "weight_decay": 1e-4}
-    state = training.new_state(lambda: network("network"), 0, "cpu", **rates)
+    state = training.TrainingState(lambda: network("network"), 0, "cpu", **rates)
     for epoch in range(2):
         rows, *drawn = (tensor(f"train_{x}")[epoch].split(16) for x in ("order", "t", "noise"))
         batches = zip(*drawn, strict=True)
@@ -111,17 +112,17 @@ def test_metrics():
     pairs = list(zip(on_id, ood, strict=True))
     for name, metric in METRICS.items():
         close([metric(*pair) for pair in pairs], gold[f"metric_{name}"])
-    drawn = metrics.bootstrap(pairs, draws=20, seed=0)
-    both = metrics.paired_bootstrap(on_id, {"a": ood, "b": other}, draws=20, seed=0)
+    drawn, second = (metrics.bootstrap(on_id, part, draws=20, seed=0) for part in (ood, other))
     for name in ("auroc", "fpr95"):
         close(drawn[name], gold[f"bootstrap_{name}"])
-        close(both[name], gold[f"paired_bootstrap_{name}"])
+        both = np.stack([drawn[name], second[name]], axis=1)
+        close(both, gold[f"paired_bootstrap_{name}"])
     close([metrics.interval(values) for values in drawn["auroc"]], gold["interval"])
     for name, sets in (("delong", [ood]), ("mean", [ood, other])):
-        for part, found in zip(("auroc", "covariance"), metrics.delong(on_id, *sets), strict=True):
+        for part, found in zip(("auroc", "covariance"), delong(on_id, *sets), strict=True):
             close(found, gold[f"{name}_{part}"])
-    close([metrics.paired_p(*pair) for pair in gold["p_of"]], gold["p"])
-    close(metrics.holm(gold["holm_of"]), gold["holm"])
+    close([paired_p(*pair) for pair in gold["p_of"]], gold["p"])
+    close(holm(gold["holm_of"]), gold["holm"])
 
 
 def check_features(encoder_name, *, in_pack):
@@ -317,19 +318,21 @@ def test_study_follows_from_scores(encoder_name, monkeypatch):
     """Bootstrap intervals are checked of every tenth method and of the fused one."""
     found, half = (report.read_scores(encoder_name, part) for part in ("", "half"))
     ends = ("ci_low", "ci_high")
-    agree("controls", report.controls(found, half), "value", *ends)
-    agree("filters", report.filters(found), "value", *ends)
-    agree("other_seed", report.other_seed(found), "difference", *ends)
+    controls, filters = from_page("41_resolution", "controls", "filters")
+    agree("controls", controls(found, half), "value", *ends)
+    agree("filters", filters(found), "value", *ends)
+    reseeded = report.differences(found, ["fused", "other_seed"], "matched")
+    agree("other_seed", reseeded.query("kind != 'layer'"), "difference", *ends)
     chosen = (np.arange(len(found.methods)) % 10 == 0) | (found.methods["kind"] == "fused")
 
     def draws_of_chosen(on_id, ood, draws):
-        drawn = {m: np.full((len(on_id), len(ood), draws), np.nan) for m in ("auroc", "fpr95")}
-        for i, (j, one) in product(np.flatnonzero(chosen), enumerate(ood.values())):
-            for metric, values in draw(on_id[i], one[i]).items():
-                drawn[metric][i, j] = values
+        drawn = {m: np.full((len(on_id), draws), np.nan) for m in ("auroc", "fpr95")}
+        for i in np.flatnonzero(chosen):
+            for metric, values in draw(on_id[i], ood[i]).items():
+                drawn[metric][i] = values
         return drawn
 
-    monkeypatch.setattr(report, "paired_bootstrap", draws_of_chosen)
+    monkeypatch.setattr(report, "bootstrap", draws_of_chosen)
     monkeypatch.setitem(report.METRICS, "auroc", auroc_by_ranks)
     for resolution in ("native", "matched"):
         drawn = report.resample(found, resolution)

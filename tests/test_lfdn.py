@@ -66,3 +66,15 @@ def test_the_network_follows_the_formula():
         x = x + linear(block.out[2], silu(norm(block.out[0], h)))
     expected = linear(network.out[2], silu(norm(network.out[0], x)))
     torch.testing.assert_close(network(z, t), expected)
+
+
+def test_without_the_timestep_it_is_the_papers_autoencoder():
+    """It is "a 16-layer linear network": 8 blocks of two, one layer before them and one after."""
+    network = filled(LFDN(3, width=4, blocks=8, timestep=False))
+    linear = [part for part in network.modules() if isinstance(part, nn.Linear)]
+    assert len(linear) == 16 + 2
+    x = torch.randn(5, 3)
+    h = network.into(x)
+    for block in network.blocks:
+        h = h + block.out(block.into(h))
+    torch.testing.assert_close(network(x), network.out(h))

@@ -176,13 +176,13 @@ def test_controls_alter_the_same_pick_of_id_images(sets):
     for control, sizes in {"": (), "half": ((4, 4),), "double": ((16, 16),)}.items():
         features = data.altered("test", control)
         np.testing.assert_allclose(features.values, seen(images, *sizes), atol=1e-5)
-        assert list(features.ids) == list(images.ids)
+        assert list(features.images.ids) == list(images.ids)
     jpeg = data.altered("test", "jpeg")
-    assert list(jpeg.ids) == list(images.ids)
+    assert list(jpeg.images.ids) == list(images.ids)
     np.testing.assert_allclose(jpeg.values, seen(images, jpeg=True), atol=1e-5)
     fitted = data.altered("fit", "half")
     rows = pick(data.split["fit"], 6)
-    assert list(fitted.ids) == [f"image{i}" for i in rows]
+    assert list(fitted.images.ids) == [f"image{i}" for i in rows]
 
 
 def test_the_parts_of_the_id_set(sets):

@@ -6,10 +6,12 @@ import pandas as pd
 import pytest
 from dlsr.errors import UserError
 from dlsr.metrics import METRICS
-from dlsr.study import report, search
+from dlsr.study import report
 from dlsr.study.protocol import CLASSES, PROTOCOLS
 
-from conftest import ROOT, image_set, one_sentence
+from conftest import ROOT, from_page, image_set, one_sentence
+
+objectives, choose = from_page("43_search", "objectives", "choose")
 
 PROTOCOL = replace(PROTOCOLS["pack"][0], draws=50)
 NAMES = {"baseline": "Mahalanobis", "paper": "MFsim", "fused": report.FUSED, "layer": "layer 1"}
@@ -25,10 +27,10 @@ def scores():
     for key, n in {("id", "native"): 40, **{(k, "matched"): n for k, n in SIZES.items()}}.items():
         images = replace(image_set(n), partial="some" if key[0] == "textures" else "")
         labels = [next(overlap, "apple") if key[0] == "cifar100_b" else "apple" for _ in range(n)]
-        eval_sets[key] = SimpleNamespace(ids=images.ids, labels=labels, images=images)
+        eval_sets[key] = SimpleNamespace(images=replace(images, labels=labels))
     per_image = {
         ("z0", kind, title): {
-            key: picks.randn(len(f.ids)) + i * (key[0] != "id") for key, f in eval_sets.items()
+            key: picks.randn(len(f.images)) + i * (key[0] != "id") for key, f in eval_sets.items()
         }
         for i, (kind, title) in enumerate(NAMES.items())
     }
@@ -97,7 +99,7 @@ def test_committed_results_are_read_by_todays_names(monkeypatch):
 def test_the_committed_choice_is_that_of_the_committed_log(monkeypatch):
     monkeypatch.chdir(ROOT)
     log, choice = report.read_table(f"search-{PROTOCOL.encoder}"), report.read_choice()
-    found = search.choose(search.objectives(log))
+    found = choose(objectives(log))
     assert (found["score"], found["settings"]) == (choice["score"], choice["settings"])
     assert found["baseline"] == choice["rival"]
 
@@ -117,9 +119,9 @@ def test_the_rule_of_the_choice():
         for key, pair in values.items()
         for group, auroc in (("near", pair[0]), ("far", pair[1] - 1), ("far", pair[1] + 1))
     ]
-    ranked = search.objectives(pd.DataFrame(rows))
+    ranked = objectives(pd.DataFrame(rows))
     assert ranked["objective"].tolist() == [99, 86, 85, 82.5, 80, 60]
-    assert search.choose(ranked) == {
+    assert choose(ranked) == {
         "score": "b",
         "baseline": {"features": "z0", "name": "kNN", "setting": "k=5"},
         "settings": {"raw": {"kNN": "k=1"}, "z0": {"kNN": "k=5"}},

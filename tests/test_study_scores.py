@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from dlsr.diffusion import fixed_noise, noise_schedule, one_step, predict_noise_free, reconstruct
+from dlsr.diffusion import fixed_noise, noise_schedule, one_step, reconstruct
 from dlsr.study import scores as module
 from dlsr.study.scores import (
     Denoised,
@@ -18,6 +18,7 @@ from dlsr.study.scores import (
     gaussian,
     hidden,
     neighbours,
+    predict_noise_free,
     residual_gaussian,
     untrained,
 )

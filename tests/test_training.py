@@ -9,7 +9,7 @@ from dlsr.cache import cache_folder
 from dlsr.diffusion import noise_schedule
 from dlsr.errors import UserError
 from dlsr.lfdn import LFDN
-from dlsr.training import diffusion_loss, ema_decay, new_state, run_epoch, streams, train
+from dlsr.training import TrainingState, diffusion_loss, ema_decay, run_epoch, streams, train
 
 from conftest import Rule, easy_features, one_sentence, run_python
 
@@ -73,7 +73,7 @@ def noisy_loss(network, z0, draws):
 def test_an_epoch_is_adamw_on_the_loss_and_its_moving_average():
     """A twin takes torch's plain AdamW on the same draws, and averages in float64."""
     rates = {"lr": 1e-2, "weight_decay": 1e-4}
-    state, twin = (new_state(BUILD, 0, "cpu", **rates) for _ in range(2))
+    state, twin = (TrainingState(BUILD, 0, "cpu", **rates) for _ in range(2))
     x, batches = torch.from_numpy(Z0), torch.arange(30).split(8)
     run_epoch(state, x, batches, noisy_loss, ema_decay)
     optimizer = torch.optim.AdamW(twin.network.parameters(), **rates, foreach=False)
@@ -117,7 +117,7 @@ def test_the_seeds_of_the_streams_are_pinned():
 
 def test_weights_order_and_noise_come_from_separate_streams_of_one_seed():
     weights, order, noise = streams(3)
-    state = new_state(BUILD, 3, "cpu", lr=1e-2)
+    state = TrainingState(BUILD, 3, "cpu", lr=1e-2)
     assert [draws.initial_seed() for draws in state.draws] == [order, noise]
     torch.manual_seed(weights)
     assert same(BUILD(), state.network)

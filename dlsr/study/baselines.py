@@ -1,11 +1,11 @@
 """Label-free baselines on feature vectors; page 43 chooses their settings on development sets.
 
-All are `dlsr.baselines.Baseline`: fitted on ID vectors, (N, c); a larger score means more OOD.
+Each is fitted on ID vectors, (N, c), by a function that returns the score, as in `dlsr.baselines`:
+a function from other vectors, (N, c), to (N,) float32, larger for OOD.
 """
 
 import warnings
 from collections.abc import Callable
-from dataclasses import KW_ONLY
 from functools import partial
 
 import numpy as np
@@ -19,8 +19,8 @@ from sklearn.mixture import GaussianMixture
 from torch import nn
 from zuko.flows import MAF
 
-from dlsr import baselines as core
-from dlsr.baselines import Baseline, estimator, linear_layers
+from dlsr.baselines import Score, checked
+from dlsr.diffusion import in_batches
 from dlsr.errors import UserError
 from dlsr.scores import mse
 from dlsr.training import fit_network
@@ -31,34 +31,18 @@ RIDGE = 1e-3  # times the mean variance: added to the mixture's covariances
 BANDWIDTH_SAMPLE = 1000  # vectors
 
 
-@estimator
-class PCAResidual(Baseline):
-    """Squared norm of what the first principal components leave over (Jackson & Mudholkar 1979)."""
+def fit_pca(x: np.ndarray, *, components: int = 64) -> Score:
+    """Score by the squared norm of what the first principal components leave over.
 
-    components: int = 64
-
-    def _fit(self, x: np.ndarray, y: object) -> None:
-        self.pca_ = _pca(_in_chunks(self._map, x), self.components)
-
-    def _ood_score(self, x: np.ndarray) -> np.ndarray:
-        return _in_chunks(self._residual, x)
-
-    def _residual(self, x: np.ndarray) -> np.ndarray:
-        f = self._map(x)
-        left = f - self.pca_.mean_
-        left -= (left @ self.pca_.components_.T) @ self.pca_.components_
-        return (left**2).sum(axis=1) + self._outside(f)
-
-    def _map(self, x: np.ndarray) -> np.ndarray:
-        return x
-
-    def _outside(self, f: np.ndarray) -> np.ndarray | float:
-        return 0.0
+    Source: Jackson & Mudholkar 1979.
+    """
+    return _in_chunks(partial(_left_over, _pca(checked(x), components)))
 
 
-@estimator
-class KernelPCAResidual(PCAResidual):
-    """Squared residual of kernel PCA in the feature space of a Gaussian kernel (Hoffmann 2007).
+def fit_kernel_pca(
+    x: np.ndarray, *, components: int = 64, landmarks: int = 1000, gamma: float = 0.0, seed: int = 0
+) -> Score:
+    """Score by the squared residual of kernel PCA under a Gaussian kernel (Hoffmann 2007).
 
     Let φ be the kernel's feature map, μ the mean of φ over the training vectors, V the principal
     components. The score is |φ(x) - μ|² - |Vᵀ(φ(x) - μ)|². The map of scikit-learn's `Nystroem`
@@ -69,112 +53,77 @@ class KernelPCAResidual(PCAResidual):
         1 - |f(x)|² + |f(x) - m|² - |Vᵀ(f(x) - m)|²,   m the mean of f over the training vectors.
 
     Two things are approximate: V is found within the span, and m = P μ stands for μ. Both are exact
-    where every training vector is a landmark. With ``gamma`` None, the kernel's gamma is one over
+    where every training vector is a landmark. With ``gamma`` 0, the kernel's gamma is one over
     the median squared distance between distinct training vectors.
     """
+    x = checked(x)
+    options = {"n_components": min(landmarks, len(x)), "random_state": seed}
+    nystroem = Nystroem(kernel="rbf", gamma=gamma or _gamma(x, seed), **options)
+    # In float32 the small eigenvalues of the landmarks' kernel would be noise.
+    nystroem.fit(x.astype(float))
+    pca = _pca(_in_chunks(nystroem.transform, np.float64)(x), components)
 
-    landmarks: int = 1000
-    gamma: float | None = None
-    seed: int = 0
+    def score(x: np.ndarray) -> np.ndarray:
+        f = nystroem.transform(x)
+        return 1 - (f**2).sum(axis=1) + _left_over(pca, f)
 
-    def _fit(self, x: np.ndarray, y: object) -> None:
-        self.gamma_ = _gamma(x, self.seed) if self.gamma is None else self.gamma
-        options = {"n_components": min(self.landmarks, len(x)), "random_state": self.seed}
-        self.nystroem_ = Nystroem(kernel="rbf", gamma=self.gamma_, **options)
-        # In float32 the small eigenvalues of the landmarks' kernel would be noise.
-        self.nystroem_.fit(x.astype(np.float64))
-        super()._fit(x, y)
-
-    def _map(self, x: np.ndarray) -> np.ndarray:
-        return self.nystroem_.transform(x)
-
-    def _outside(self, f: np.ndarray) -> np.ndarray:
-        return 1 - (f**2).sum(axis=1)
+    return _in_chunks(score)
 
 
-@estimator
-class Mixture(Baseline):
-    """Minus the log density of a mixture of Gaussians with full covariances, in nats.
+def fit_mixture(
+    x: np.ndarray, *, components: int = 8, principal: int = 128, seed: int = 0
+) -> Score:
+    """Score by minus the log density of a mixture of Gaussians with full covariances, in nats.
 
     It is fitted on at most ``principal`` principal components, without directions in which the
     vectors do not vary: z0 has a linear constraint and a fixed norm per layer, so that it has no
     density on all c numbers. EM ends after 50 steps or when a step gains less than 0.01 nats.
     """
-
-    components: int = 8
-    principal: int = 128
-    seed: int = 0
-
-    def _fit(self, x: np.ndarray, y: object) -> None:
-        self.pca_ = _varying_directions(x, self.principal)
-        ridge = max(RIDGE * self.pca_.explained_variance_.mean(), 1e-6)
-        options = {"max_iter": 50, "tol": 1e-2, "random_state": self.seed}
-        self.mixture_ = GaussianMixture(self.components, reg_covar=ridge, **options)
-        with warnings.catch_warnings():  # the steps are limited on purpose
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            self.mixture_.fit(_in_chunks(self.pca_.transform, x))
-
-    def _ood_score(self, x: np.ndarray) -> np.ndarray:
-        return -_in_chunks(lambda part: self.mixture_.score_samples(self.pca_.transform(part)), x)
+    x = checked(x)
+    pca = varying_directions(x, principal)
+    ridge = max(RIDGE * pca.explained_variance_.mean(), 1e-6)
+    options = {"max_iter": 50, "tol": 1e-2, "random_state": seed}
+    mixture = GaussianMixture(components, reg_covar=ridge, **options)
+    with warnings.catch_warnings():  # the steps are limited on purpose
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        mixture.fit(_in_chunks(pca.transform, np.float64)(x))
+    return _in_chunks(lambda x: -mixture.score_samples(pca.transform(x)))
 
 
-@estimator
-class Forest(Baseline):
-    """Isolation forest (Liu, Ting & Zhou 2008): a short path to a leaf scores high, from 0 to 1."""
-
-    trees: int = 300
-    seed: int = 0
-
-    def _fit(self, x: np.ndarray, y: object) -> None:
-        self.forest_ = IsolationForest(n_estimators=self.trees, random_state=self.seed).fit(x)
-
-    def _ood_score(self, x: np.ndarray) -> np.ndarray:
-        return -self.forest_.score_samples(x)
+def fit_forest(x: np.ndarray, *, trees: int = 300, seed: int = 0) -> Score:
+    """Score by an isolation forest, 0 to 1: a short path to a leaf is OOD (Liu et al. 2008)."""
+    forest = IsolationForest(n_estimators=trees, random_state=seed).fit(checked(x))
+    return lambda x: -forest.score_samples(checked(x, forest.n_features_in_)).astype(np.float32)
 
 
-@estimator
-class Flow(Baseline):
-    """Minus the log density of a masked autoregressive flow, in nats (Papamakarios et al. 2017).
+def fit_flow(
+    x: np.ndarray, *, transforms: int = 3, principal: int = 128, hidden: int = 256,
+    epochs: int = 10, lr: float = 1e-3, batch_size: int = 512, seed: int = 0,
+) -> Score:  # fmt: skip
+    """Score by minus the log density of a masked autoregressive flow (Papamakarios et al. 2017).
 
-    It sees the principal components of `Mixture`, whitened; the density is that before whitening.
-    Where it overflows, the score is the largest float32.
+    It is in nats. The flow sees the principal components of `fit_mixture`, whitened; the density is
+    that before whitening. Where it overflows, the score is the largest float32.
     """
+    x = checked(x)
+    pca = varying_directions(x, principal)
+    variance = pca.explained_variance_
+    scale = np.sqrt(np.where(variance > ROUNDING * _mean_square(x), variance, 1))
+    size = {"transforms": transforms, "hidden_features": (hidden, hidden)}
+    options = {"epochs": epochs, "lr": lr, "seed": seed, "batch_size": min(batch_size, len(x))}
+    options |= {"weight_decay": 0.0, "device": "cpu", "progress": False}
+    flow = fit_network(
+        _in_chunks(lambda x: pca.transform(x) / scale)(x), partial(MAF, len(scale), **size),
+        lambda flow, x, _: -flow().log_prob(x).mean(), name="MAF", size=size, **options,
+    ).last  # fmt: skip
 
-    transforms: int = 3
-    principal: int = 128
-    hidden: int = 256
-    epochs: int = 10
-    lr: float = 1e-3
-    batch_size: int = 512
-    seed: int = 0
-
-    def _fit(self, x: np.ndarray, y: object) -> None:
-        self.pca_ = _varying_directions(x, self.principal)
-        variance = self.pca_.explained_variance_
-        self.scale_ = np.sqrt(np.where(variance > ROUNDING * _mean_square(x), variance, 1))
-        size = {"transforms": self.transforms, "hidden_features": (self.hidden, self.hidden)}
-        build = partial(MAF, len(self.scale_), **size)
-        options = {name: getattr(self, name) for name in ("epochs", "lr", "seed")}
-        options |= {"batch_size": min(self.batch_size, len(x)), "weight_decay": 0.0}
-        options |= {"name": "MAF", "size": size, "device": "cpu", "progress": False}
-        self.network_ = fit_network(
-            _in_chunks(self._whitened, x),
-            build,
-            lambda flow, x, _: -flow().log_prob(x).mean(),
-            **options,
-        ).last
-
-    def _ood_score(self, x: np.ndarray) -> np.ndarray:
-        return _in_chunks(self._surprise, x)
-
-    def _whitened(self, x: np.ndarray) -> np.ndarray:
-        return (self.pca_.transform(x) / self.scale_).astype(np.float32)
-
-    def _surprise(self, x: np.ndarray) -> np.ndarray:
-        whitened = torch.from_numpy(self._whitened(x))
-        surprise = -self.network_().log_prob(whitened).double().numpy()
-        surprise = np.nan_to_num(surprise + np.log(self.scale_).sum(), nan=np.inf)
+    def score(x: np.ndarray) -> np.ndarray:
+        whitened = torch.from_numpy((pca.transform(x) / scale).astype(np.float32))
+        surprise = -flow().log_prob(whitened).double().numpy()
+        surprise = np.nan_to_num(surprise + np.log(scale).sum(), nan=np.inf)
         return np.minimum(surprise, np.finfo(np.float32).max)
+
+    return _in_chunks(score)
 
 
 class BottleneckNetwork(nn.Module):
@@ -197,50 +146,95 @@ class BottleneckNetwork(nn.Module):
         return ((x - self(noisy)) ** 2).mean()
 
 
-@estimator
-class BottleneckAutoEncoder(core.ReconstructionBaseline):
-    """Mean squared error of an autoencoder with ``latent`` numbers in the middle.
+class VariationalNetwork(nn.Module):
+    """5 linear layers to a Gaussian of ``latent`` numbers and 8 back, with SiLU between them.
+
+    These are the paper's numbers of layers; it states neither widths nor activation.
+    """
+
+    def __init__(self, features: int, *, width: int, latent: int) -> None:
+        super().__init__()
+        self.encoder = linear_layers(features, *[width] * 4, 2 * latent)
+        self.decoder = linear_layers(latent, *[width] * 7, features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the reconstruction of ``x``, (N, c), from the latent mean."""
+        return self.decoder(self.encoder(x).chunk(2, dim=1)[0])
+
+    def loss(self, x: torch.Tensor, draws: torch.Generator) -> torch.Tensor:
+        """Return minus the ELBO under unit variance, without its constant."""
+        mean, log_variance = self.encoder(x).chunk(2, dim=1)
+        noise = torch.randn(mean.shape, generator=draws, device=mean.device)
+        reconstruction = self.decoder(mean + (log_variance / 2).exp() * noise)
+        error = ((x - reconstruction) ** 2).sum(dim=1) / 2
+        divergence = (mean**2 + log_variance.exp() - 1 - log_variance).sum(dim=1) / 2
+        return (error + divergence).mean()
+
+
+def linear_layers(*widths: int) -> nn.Sequential:
+    """Return linear layers between these widths, with SiLU between the layers."""
+    layers: list[nn.Module] = []
+    for i in range(len(widths) - 1):
+        layers += [nn.SiLU(), nn.Linear(widths[i], widths[i + 1])]
+        # By torch's default the signal fades over 13 layers, and a VAE ignores its latent at first.
+        nn.init.kaiming_normal_(layers[-1].weight, nonlinearity="relu")
+        nn.init.zeros_(layers[-1].bias)
+    return nn.Sequential(*layers[1:])
+
+
+def fit_autoencoder(
+    x: np.ndarray, *, latent: int = 64, hidden: tuple[int, ...] = (512, 512), noise: float = 0.0,
+    epochs: int = 20, **options: object,
+) -> Score:  # fmt: skip
+    """Score by the mean squared error of an autoencoder with ``latent`` numbers in the middle.
 
     ``hidden`` are the widths of the SiLU layers before it (Hinton & Salakhutdinov 2006); without
     any it is linear, at its optimum PCA (Baldi & Hornik 1989). With ``noise`` above 0 it learns to
-    remove Gaussian noise of that standard deviation (Vincent et al. 2008).
+    remove Gaussian noise of that standard deviation (Vincent et al. 2008). ``options`` are those
+    of `dlsr.fit_network`; batches have 256 vectors.
     """
-
-    _: KW_ONLY
-    latent: int = 64
-    hidden: tuple[int, ...] = (512, 512)
-    noise: float = 0.0
-    epochs: int = 20
-    batch_size: int = 256
-
-    def build(self, features: int) -> BottleneckNetwork:
-        """Return the untrained network for vectors of ``features`` numbers."""
-        if not 1 <= self.latent < features:
-            raise UserError(
-                f"latent={self.latent} was given; {features} features need 1 to {features - 1}."
-            )
-        return BottleneckNetwork((features, *self.hidden, self.latent), noise=self.noise)
-
-    def _ood_score(self, x: np.ndarray) -> np.ndarray:
-        return mse(x, self.reconstruct(x))
+    if not 1 <= latent < x.shape[-1]:
+        raise UserError(
+            f"latent={latent} was given; {x.shape[-1]} features need 1 to {x.shape[-1] - 1}."
+        )
+    build = partial(BottleneckNetwork, (x.shape[-1], *hidden, latent), noise=noise)
+    size = {"latent": latent, "hidden": hidden, "noise": noise}
+    return _fit(x, build, "autoencoder", size, {"epochs": epochs, "batch_size": 256} | options)
 
 
-class VAE(core.VAE):
-    """The paper's VAE, scored by its mean squared error as the other autoencoders are."""
+def fit_vae(x: np.ndarray, *, width: int = 512, latent: int = 64, **options: object) -> Score:
+    """Score by the mean squared error of the paper's VAE; see `fit_autoencoder` for ``options``.
 
-    def _ood_score(self, x: np.ndarray) -> np.ndarray:
-        return mse(x, self.reconstruct(x))
+    Width, latent size, initial weights, learning rate and epochs are ours.
+    """
+    size = {"width": width, "latent": latent}
+    build = partial(VariationalNetwork, x.shape[-1], **size)
+    return _fit(x, build, "VAE", size, {"epochs": 30} | options)
+
+
+def _fit(x: np.ndarray, build: Callable, name: str, size: dict, options: dict) -> Score:
+    x, options = checked(x), {"lr": 1e-3, "batch_size": 128, "progress": False} | options
+    options["batch_size"] = min(options["batch_size"], len(x))
+    options |= {"name": name, "size": size}
+    fitted = fit_network(x, build, lambda network, x, draws: network.loss(x, draws), **options)
+    return lambda x: mse(x, in_batches(fitted.last, checked(x, x.shape[-1])))
 
 
 def _pca(x: np.ndarray, components: int) -> PCA:
     """Fit in float64 by the one solver that draws nothing and takes any shape."""
     components = min(components, *x.shape)
     with np.errstate(invalid="ignore"):  # equal vectors have no variance to divide by
-        return PCA(components, svd_solver="covariance_eigh").fit(x.astype(np.float64, copy=False))
+        return PCA(components, svd_solver="covariance_eigh").fit(x.astype(float))
 
 
-def _varying_directions(x: np.ndarray, most: int) -> PCA:
-    """Return 1 to ``most`` components, without those whose variance is rounding."""
+def _left_over(pca: PCA, x: np.ndarray) -> np.ndarray:
+    left = x - pca.mean_
+    left -= (left @ pca.components_.T) @ pca.components_
+    return (left**2).sum(axis=1)
+
+
+def varying_directions(x: np.ndarray, most: int) -> PCA:
+    """Return 1 to ``most`` principal components, without those whose variance is rounding."""
     pca = _pca(x, most)
     varying = int((pca.explained_variance_ > ROUNDING * _mean_square(x)).sum())
     return pca if varying == pca.n_components_ else _pca(x, max(varying, 1))
@@ -252,12 +246,16 @@ def _mean_square(x: np.ndarray) -> float:
 
 def _gamma(x: np.ndarray, seed: int) -> float:
     rows = np.random.default_rng(seed).permutation(len(x))[:BANDWIDTH_SAMPLE]
-    distinct = np.unique(x[rows], axis=0).astype(np.float64)
-    distances = euclidean_distances(distinct, squared=True)
-    return float(1 / np.median(distances[np.triu_indices(len(distinct), 1)]))
+    distances = euclidean_distances(np.unique(x[rows], axis=0).astype(float), squared=True)
+    return float(1 / np.median(distances[np.triu_indices(len(distances), 1)]))
 
 
-def _in_chunks(function: Callable[[np.ndarray], np.ndarray], x: np.ndarray) -> np.ndarray:
-    """Apply ``function`` to float64 rows, a few thousand at a time."""
-    parts = (x[start : start + CHUNK] for start in range(0, len(x), CHUNK))
-    return np.concatenate([function(part.astype(np.float64)) for part in parts])
+def _in_chunks(function: Score, dtype: type = np.float32) -> Score:
+    """Return ``function`` of float64 rows, a few thousand at a time."""
+
+    def of_all(x: np.ndarray) -> np.ndarray:
+        x = checked(x, x.shape[-1])
+        parts = (x[start : start + CHUNK] for start in range(0, len(x), CHUNK))
+        return np.concatenate([function(part.astype(float)) for part in parts]).astype(dtype)
+
+    return of_all

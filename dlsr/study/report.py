@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 from dlsr.errors import UserError
 from dlsr.evaluation import project_folder, provenance
 from dlsr.features import pick_device
-from dlsr.metrics import METRICS, delong, holm, paired_bootstrap, paired_p
-from dlsr.study.protocol import PROTOCOLS, RESOLUTIONS, Protocol, overlaps
+from dlsr.metrics import METRICS, bootstrap
+from dlsr.study.paired import delong, holm, paired_p
+from dlsr.study.protocol import PROTOCOLS, Protocol, overlaps
 
 METHOD = ["features", "name", "title", "kind"]
 MEANS = ("near", "far", "all")  # unweighted, over the report sets
@@ -90,8 +91,10 @@ def from_methods(protocol: Protocol, per_image: Mapping, eval_sets: Mapping) -> 
     """
     rows = [[features, title, title, kind] for features, kind, title in per_image]
     values = {key: np.stack([one[key] for one in per_image.values()]) for key in eval_sets}
-    images = {k: pd.DataFrame({"image": f.ids, "label": f.labels}) for k, f in eval_sets.items()}
+    images = {}
     for key, features in eval_sets.items():
+        one = features.images
+        images[key] = pd.DataFrame({"image": one.ids, "label": one.labels})
         images[key].attrs["partial"] = features.images.partial
     return Scores(protocol, pd.DataFrame(rows, columns=METHOD), values, images)
 
@@ -163,8 +166,8 @@ def resample(scores: Scores, resolution: str) -> tuple[pd.DataFrame, np.ndarray,
             name = f"{one.name}, no overlap"
             ood[name] = ood[one.name][:, others]
             places.append([name, one.group, "no overlap", others.sum()])
-    drawn = paired_bootstrap(on_id, ood, draws=scores.protocol.draws)
-    draws = np.stack([drawn[name] for name in REPORTED])
+    drawn = [bootstrap(on_id, values, draws=scores.protocol.draws) for values in ood.values()]
+    draws = np.stack([np.stack([of[name] for of in drawn], axis=1) for name in REPORTED])
     pairs = [[*zip(on_id, values, strict=True)] for values in ood.values()]
     metrics = [METRICS[name] for name in REPORTED]
     values = np.array([[[metric(*pair) for pair in one] for one in pairs] for metric in metrics])
@@ -230,41 +233,8 @@ def differences(
     return pd.concat(parts, ignore_index=True)
 
 
-def other_seed(scores: Scores) -> pd.DataFrame:
-    """Return `differences` of the fused score and of the same with a network of another seed."""
-    return differences(scores, ["fused", "other_seed"], "matched").query("kind != 'layer'")
-
-
-def filters(scores: Scores) -> pd.DataFrame:
-    """Return the AUROC of one pick of images, native and brought to the ID size by each filter."""
-    parts = []
-    for one in scores.protocol.of("report"):
-        if (one.name, "box") not in scores.values:
-            continue
-        picked = scores.images[one.name, "box"]["image"]
-        for resolution in RESOLUTIONS:
-            chosen = scores.images[one.name, resolution]["image"].isin(picked)
-            values = scores.of(one.name, resolution)[:, chosen.to_numpy()]
-            name = {"matched": "bilinear"}.get(resolution, resolution)
-            about = {"resolution": name, "ood": one.name, "group": one.group}
-            parts.append(_aurocs(scores, scores.of("id"), values, about))
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
-
-
-def controls(scores: Scores, half: Scores) -> pd.DataFrame:
-    """Return the AUROC of ID images against the same ones altered.
-
-    ``half`` are the scores of methods that were fitted at half the size.
-    """
-    whole = half.of("control", "")
-    parts = [_aurocs(half, half.of("control", "half"), whole, {"control": "half"})]
-    for control in ("double", "jpeg"):
-        values = scores.of("control", control)
-        parts.append(_aurocs(scores, scores.of("control", ""), values, {"control": control}))
-    return pd.concat(parts, ignore_index=True)
-
-
-def _aurocs(scores: Scores, on_id: np.ndarray, on_ood: np.ndarray, about: Mapping) -> pd.DataFrame:
+def aurocs(scores: Scores, on_id: np.ndarray, on_ood: np.ndarray, about: Mapping) -> pd.DataFrame:
+    """Return every method's AUROC, with DeLong's interval, of scores (methods, images)."""
     value, covariance = delong(on_id, on_ood)
     reach = NORMAL_975 * np.sqrt(np.diag(covariance))
     ends = np.maximum(value - reach, 0), np.minimum(value + reach, 1)

@@ -14,8 +14,8 @@ import torch
 from sklearn.covariance import LedoitWolf
 from torch import nn
 
-from dlsr.baselines import KNN, Gaussian
-from dlsr.diffusion import fixed_noise, noise_schedule, one_step, predict_noise_free, reconstruct
+from dlsr.baselines import fit_gaussian, fit_knn
+from dlsr.diffusion import fixed_noise, noise_schedule, one_step, reconstruct
 from dlsr.features import layer_slices
 from dlsr.lfdn import LFDN
 from dlsr.scores import mse_by_layer
@@ -60,6 +60,14 @@ def untrained(features: int, *, width: int, blocks: int, seed: int = 0) -> LFDN:
         return LFDN(features, width=width, blocks=blocks).eval().requires_grad_(False)
 
 
+def predict_noise_free(network: nn.Module, z0: np.ndarray, *, t: int) -> np.ndarray:
+    """Return the z0 predicted from sqrt(alpha_bar_t) z0 without noise; t counts from 1.
+
+    ``z0`` and the result are (N, c) float32. The paper has no such score.
+    """
+    return reconstruct(network, z0, one_step, t=t, noise=torch.zeros(1, z0.shape[1]))
+
+
 def hidden(network: nn.Module, z0: np.ndarray, *, t: int = 10) -> np.ndarray:
     """Return what the output layers read at t, (N, width); no noise is added.
 
@@ -68,11 +76,9 @@ def hidden(network: nn.Module, z0: np.ndarray, *, t: int = 10) -> np.ndarray:
     if not hasattr(network, "out"):
         return predict_noise_free(network, z0, t=t)
     parts: list[np.ndarray] = []
-    hook = network.out.register_forward_pre_hook(lambda _, x: parts.append(x[0].cpu().numpy()))
-    try:
+    keep = lambda _, inputs: parts.append(inputs[0].cpu().numpy())  # noqa: E731
+    with network.out.register_forward_pre_hook(keep):
         predict_noise_free(network, z0, t=t)
-    finally:
-        hook.remove()
     return np.concatenate(parts)
 
 
@@ -179,8 +185,8 @@ def gaussian(*arrays: Function, on: str = "sample") -> Fit:
 
     def fit(fitted: Denoised, calibration: Denoised) -> Function:
         known = {"fitted": fitted, "sample": fitted.sample(), "calibration": calibration}[on]
-        models = [(Gaussian().fit(array(known)), array) for array in arrays]
-        return lambda x: np.mean([model.ood_score(array(x)) for model, array in models], axis=0)
+        scores = [(fit_gaussian(array(known)), array) for array in arrays]
+        return lambda x: np.mean([score(array(x)) for score, array in scores], axis=0)
 
     return fit
 
@@ -201,8 +207,8 @@ def neighbours(array: Function, *, k: int = 50, sample: bool = False) -> Fit:
 
     def fit(fitted: Denoised, calibration: Denoised) -> Function:
         known = array(fitted.sample() if sample else fitted)
-        knn = KNN(k=min(k, len(known))).fit(known)
-        return lambda x: knn.ood_score(array(x))
+        score = fit_knn(known, k=min(k, len(known)))
+        return lambda x: score(array(x))
 
     return fit
 
