@@ -88,7 +88,6 @@ class FrozenEncoder(nn.Module):
         self.register_buffer("std", 255 * torch.tensor(model.model.pretrained_cfg["std"]))
         self.eval().requires_grad_(False)
 
-    @torch.inference_mode()
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return raw values by both poolings, float32 of shape (N, 2, sum(channels))."""
         maps = self.model(((pixels.float() - self.mean) / self.std).permute(0, 3, 1, 2))

@@ -55,11 +55,12 @@ def settings(profiles: Mapping[str, dict], profile: str, **overrides: object) ->
 
 def score_sets(
     scores: Callable[[Features, int], Mapping[str, np.ndarray]], features: Mapping[str, Features],
-    sets: Sequence[str], *, seeds: int = 1,
+    sets: Sequence[str], *, seeds: int = 1, precision: str = "",
 ) -> pd.DataFrame:  # fmt: skip
     """Return the scores of every image of some sets as a per-image table.
 
     ``scores(features_of_a_set, seed)`` returns a score of every image for each method's name.
+    ``precision`` is that of the training where it was not the device's own.
     """
     began, parts = time.perf_counter(), []
     for name, seed in product(sets, range(seeds)):
@@ -67,6 +68,8 @@ def score_sets(
         parts.append(pd.DataFrame(about | dict(scores(features[name], seed))))
     table = pd.concat(parts, ignore_index=True)
     about = provenance(features[sets[0]].device, time.perf_counter() - began)
+    about |= {"features": features[sets[0]].backend}
+    about |= {"precision": precision} if precision else {}
     partial = {name: of_set.images.partial for name, of_set in features.items()}
     table.attrs = {"about": about, "partial": partial}
     return table

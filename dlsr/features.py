@@ -3,18 +3,21 @@
 Source: section 3.1 of the paper. The z-score of every layer is the released code's.
 """
 
+import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from dlsr import backends
 from dlsr.cache import cache_folder, key, locked, replace_file
 from dlsr.data import ImageSet, Size, load_images, resize, resize_chain
 from dlsr.encoders import POOLINGS, FrozenEncoder
@@ -30,7 +33,8 @@ class Features:
 
     ``values`` is (N, poolings, c) float32 of the images in ``images``; ``rows`` are their rows in
     the set that was asked for, from which unreadable images are missing if they were skipped;
-    ``channels`` are the layers' widths; ``encoder`` is the encoder's name.
+    ``channels`` are the layers' widths, ``encoder`` is the encoder's name, and ``backend`` is what
+    ran it in which precision, such as ``openvino, float32``.
     """
 
     values: np.ndarray
@@ -40,6 +44,7 @@ class Features:
     encoder: str
     weights_sha256: str
     device: str
+    backend: str
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -106,77 +111,107 @@ def pick_device(device: str | None = None) -> str:
 
 def extract(
     images: ImageSet | str | Path, encoder: FrozenEncoder, *, resolution: str = "native",
-    id_size: Size | None = None, chain: Sequence[tuple] | None = None, batch_size: int = 0,
-    device: str | None = None, on_error: str = "raise", progress: bool = True,
+    id_size: Size | None = None, chain: Sequence[tuple] | None = None, precision: str = "float32",
+    backend: str = "", batch_size: int = 0, device: str | None = None, on_error: str = "raise",
+    progress: bool = True,
 ) -> Features:  # fmt: skip
     """Return the features of an image set, of a registered one by its key, or of a folder.
 
     They come out of the cache, or are extracted into it; a run that was cut off goes on, and of
     two processes one waits for the other. ``resolution`` is ``native`` or ``matched`` (see
-    `data.resize_chain`); ``chain`` names the sizes instead. With ``on_error="skip"`` unreadable
-    images are left out and named, else they raise `UserError`.
+    `data.resize_chain`); ``chain`` names the sizes instead. ``precision`` is ``float32`` or
+    ``bf16``, and ``backend`` is ``torch``, ``openvino`` or "", the fastest for so many images. With
+    ``on_error="skip"`` unreadable images are left out and named, else they raise `UserError`.
     """
     if on_error not in ("raise", "skip"):
         raise UserError(f"on_error={on_error!r} was given; choose raise or skip.")
     images = images if isinstance(images, ImageSet) else load_images(images)
     chain = chain or resize_chain(resolution, size=images.size, id_size=id_size)
     device = torch.device(pick_device(device))
-    made_from = {"images": images.sha256, "weights": encoder.weights_sha256, "chain": chain}
-    made_with = {"device": device.type, "precision": "float32", "version": VERSION}
-    name = key(encoder=encoder.about, **made_from, **made_with)
-    file = cache_folder() / "features" / f"{name}.npy"
-    with locked(file):
-        if not file.is_file():
-            _extract_to(file, images, chain, encoder, batch_size, device, progress)
+    backends.check_precision(precision, device)
+    backend = backend or backends.choose(len(images), device)
+    what = (images, chain, encoder, precision, device, batch_size, progress)
     try:
-        values = np.load(file, mmap_mode="r")
-    except (OSError, ValueError) as error:
-        raise UserError(f"The features {file} are damaged ({error}); delete them.") from error
+        values = _extracted(backend, *what)
+    except backends.Unusable as error:
+        warnings.warn(f"{backend} is not used, because {error}; PyTorch is.", stacklevel=2)
+        backend, values = "torch", _extracted("torch", *what)
     rows, n = np.flatnonzero(np.isfinite(values[:, 0, 0])), len(images)
     if len(rows) < n:
         first = images.ids[np.setdiff1d(range(n), rows)[0]]
-        what = f"{n - len(rows)} of {n} images of {images.name} cannot be read, {first!r} first"
+        told = f"{n - len(rows)} of {n} images of {images.name} cannot be read, {first!r} first"
         if on_error == "raise" or not len(rows):
-            raise UserError(f"{what}; mend or remove them, or skip them (--skip-unreadable).")
-        tqdm.write(f"{what}; they are left out.", file=sys.stderr)
+            raise UserError(f"{told}; mend or remove them, or skip them (--skip-unreadable).")
+        tqdm.write(f"{told}; they are left out.", file=sys.stderr)
         values, images = values[rows], images.take(rows)
     about = (encoder.channels, encoder.name, encoder.weights_sha256, str(device))
-    return Features(values, rows, images, *about)
+    return Features(values, rows, images, *about, f"{backend}, {precision}")
 
 
-def _read(images: ImageSet, chain: Sequence[tuple], rows: list[int]) -> tuple[list, dict]:
-    """Return the rows, and by its row the pixels of each image that can be read."""
-    pixels = {}
-    for row in rows:
-        with suppress(UserError):
-            pixels[row] = np.array(resize(images.image(row), chain))
-    return rows, pixels
+def _extracted(backend, images, chain, encoder, precision, device, batch_size, progress):
+    """Return the raw features out of the cache, where they are put if they are not there."""
+    made_from = {"images": images.sha256, "weights": encoder.weights_sha256, "chain": chain}
+    made_by = {"device": device.type, "precision": precision, "backend": backend}
+    name = key(encoder=encoder.about, **made_from, **made_by, version=VERSION)
+    file = cache_folder() / "features" / f"{name}.npy"
+    with locked(file):
+        if not file.is_file():
+            size = batch_size or backends.BATCH.get(device.type, 16)
+            options = {"precision": precision, "device": device, "batch_size": size}
+            run = backends.prepare(encoder, backend, **options)
+            _extract_to(file, images, chain, run, size, sum(encoder.channels), progress)
+    try:
+        return np.load(file, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise UserError(f"The features {file} are damaged ({error}); delete them.") from error
 
 
-def _extract_to(file, images, chain, encoder, batch_size, device, progress) -> None:
+def _extract_to(file, images, chain, run, size, width, progress) -> None:
     """Fill an array on disk batch by batch, and move it into place.
 
     It starts as NaN, so that a run that was cut off shows how far it came; rows of unreadable
     images become infinite.
     """
-    torch.backends.cudnn.allow_tf32 = False  # features of a GPU are float32 too
-    draft, shape = file.with_suffix(".draft"), (len(images), len(POOLINGS), sum(encoder.channels))
+    draft, shape = file.with_suffix(".draft"), (len(images), len(POOLINGS), width)
     if not draft.is_file():
         replace_file(draft, np.broadcast_to(np.float32(np.nan), shape).tofile)
     values = np.memmap(draft, np.float32, "r+", shape=shape)
     done = int(np.isnan(np.append(values[:, -1, -1], np.nan)).argmax())
-    workers = min(16, torch.get_num_threads()) if device.type == "cuda" else 0
-    size, start = batch_size or (256 if workers else 32), "spawn" if workers else None
-    options = {"num_workers": workers, "multiprocessing_context": start}  # not forked beside CUDA
-    options |= {"collate_fn": partial(_read, images, chain)}
-    batches, encoder = DataLoader(range(done, len(images)), size, **options), encoder.to(device)
-    bar = tqdm(batches, images.name, unit="image", unit_scale=size, disable=not progress)
-    for rows, pixels in bar:
-        values[[row for row in rows if row not in pixels]] = np.inf
-        if pixels:
-            found = encoder(torch.from_numpy(np.stack([*pixels.values()])).to(device)).cpu().numpy()
-            which = f"images of {images.name} from {images.ids[rows[0]]!r} on"
-            check_finite(found.reshape(len(found), -1), which)
-            values[[*pixels]] = found
+    with tqdm(initial=done, total=len(images), unit="image", disable=not progress) as bar:
+        for rows, pixels in read_batches(images, chain, size, first=done):
+            found = np.full((len(rows), *shape[1:]), np.inf, np.float32)
+            readable = [i for i, image in enumerate(pixels) if image is not None]
+            if readable:
+                found[readable] = run(np.stack([pixels[i] for i in readable]))
+                which = f"images of {images.name} from {images.ids[rows[0]]!r} on"
+                check_finite(found[readable].reshape(len(readable), -1), which)
+            values[rows.start : rows.stop] = found
+            bar.update(len(rows))
     replace_file(file, lambda path: np.save(path, values))
     draft.unlink()
+
+
+def read_batches(
+    images: ImageSet, chain: Sequence[tuple], size: int, *, first: int = 0
+) -> Iterator[tuple[range, list[np.ndarray | None]]]:
+    """Yield the rows and the resized pixels of ``size`` images after the other, read by all cores.
+
+    An image that cannot be read is None. Two batches are read ahead.
+    """
+
+    def read(part: ImageSet, i: int) -> np.ndarray | None:
+        with suppress(UserError):
+            return np.array(resize(part.image(i), chain))
+
+    waiting = deque()
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        for start in range(first, len(images), size):
+            rows = range(start, min(start + size, len(images)))
+            part = images.take(rows)  # a pack is read here, in its order
+            part = replace(part, source=[part.source[i] for i in range(len(part))])
+            waiting.append((rows, [pool.submit(read, part, i) for i in range(len(part))]))
+            if len(waiting) > 2:
+                rows, reads = waiting.popleft()
+                yield rows, [one.result() for one in reads]
+        for rows, reads in waiting:
+            yield rows, [one.result() for one in reads]

@@ -4,7 +4,6 @@ ID is the positive class of FPR95. Arrays of several scores are (M, images): a r
 or seed, the same images in all rows.
 """
 
-
 import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score
 

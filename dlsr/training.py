@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dlsr.backends import check_precision
 from dlsr.cache import array_sha256, cache_folder, key, locked, read_tensors, write_tensors
 from dlsr.diffusion import T, add_noise, noise_schedule
 from dlsr.errors import UserError
@@ -74,27 +75,30 @@ def fit_network(
     x: np.ndarray, build: Callable[[], nn.Module], loss: Loss, *, name: str, size: Mapping,
     epochs: int = 150, lr: float = 1e-4, weight_decay: float = 1e-4, batch_size: int = 128,
     seed: int = 0, decay: Callable[[int], float] = lambda updates: 0.0,
-    device: str | None = None, progress: bool = True,
+    precision: str = "", device: str | None = None, progress: bool = True,
 ) -> Networks:  # fmt: skip
     """Minimise a loss over x, (N, c), by AdamW, or read the networks that were trained so before.
 
     ``build()`` makes the network, which ``name`` and ``size`` tell from others. ``decay`` is that
     of the moving average at each update; 0 keeps the network itself. ``seed`` fixes initial
     weights, batch order and noise. The state is kept in the cache every five epochs; a run that
-    was cut off goes on from there, on a CPU with the identical result. On CUDA the loss is
-    computed in bfloat16. Raises `UserError` for settings that make no sense, NaN in x, too few
-    vectors, or a loss that is not finite.
+    was cut off goes on from there, on a CPU with the identical result. The loss is computed in
+    the ``precision`` of `precision_of`, or in the one given. Raises `UserError` for settings that
+    make no sense, NaN in x, too few vectors, or a loss that is not finite.
     """
     x, device = np.ascontiguousarray(x, dtype=np.float32), pick_device(device)
     settings = {"epochs": epochs, "batch_size": batch_size, "seed": seed}
     settings |= {"lr": lr, "weight_decay": weight_decay}
     _check(x, settings)
     made_of = {"name": name, "size": dict(size), "x": array_sha256(x), "version": VERSION}
-    made_on = {"device": torch.device(device).type, "precision": precision_of(device)}
+    precision = precision or precision_of(device)
+    check_precision(precision, torch.device(device))
+    made_on = {"device": torch.device(device).type, "precision": precision}
     file = cache_folder() / "networks" / f"{key(**settings, **made_of, **made_on)}.safetensors"
     with locked(file):
         if not file.is_file():
-            _train_to(file, x, build, loss, decay, name if progress else "", device, **settings)
+            how = (build, loss, decay, precision, device, name if progress else "")
+            _train_to(file, x, *how, **settings)
     about, tensors = read_tensors(file)
     with torch.random.fork_rng(devices=[]):  # the initial weights are replaced
         networks = nn.ModuleDict({"last": build(), "first": build()})
@@ -104,7 +108,7 @@ def fit_network(
 
 
 def precision_of(device: str | torch.device) -> str:
-    """Return the precision in which a loss is computed on a device."""
+    """Return the precision in which a loss is computed on a device: on CUDA it is bfloat16."""
     return "bf16" if torch.device(device).type == "cuda" else "float32"
 
 
@@ -154,13 +158,14 @@ class TrainingState(nn.Module):
 
 def run_epoch(
     state: TrainingState, x: Tensor, batches: Iterable[Tensor], loss: Loss, decay: Callable,
+    precision: str = "float32",
 ) -> None:  # fmt: skip
     """Take one step for each batch of rows of x, all rows once, and note the epoch's mean loss.
 
     After the first epoch, ``state.last`` is copied to ``state.first``. Raises `UserError` if the
     loss is not finite.
     """
-    total, autocast = torch.zeros((), device=x.device), precision_of(x.device) == "bf16"
+    total, autocast = torch.zeros((), device=x.device), precision == "bf16"
     for rows in batches:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
             value = loss(state.network, x[rows], state.draws[-1])
@@ -179,7 +184,9 @@ def run_epoch(
         state.first.load_state_dict(state.last.state_dict())
 
 
-def _train_to(file, x, build, loss, decay, title, device, *, epochs, batch_size, seed, **rates):
+def _train_to(
+    file, x, build, loss, decay, precision, device, title, *, epochs, batch_size, seed, **rates
+) -> None:
     """Train from the start or from the checkpoint beside ``file``; write the finished networks."""
     state, x = TrainingState(build, seed, device, **rates), torch.tensor(x, device=device)
     checkpoint = file.with_suffix(".partial")
@@ -189,7 +196,8 @@ def _train_to(file, x, build, loss, decay, title, device, *, epochs, batch_size,
     for epoch in tqdm(todo, unit="epoch", desc=title, disable=not title):
         began = time.perf_counter()
         order = torch.randperm(len(x), generator=state.draws[0], device=x.device)
-        run_epoch(state, x, order.split(batch_size), loss, decay)  # the smaller last batch too
+        batches = order.split(batch_size)  # the smaller last one too
+        run_epoch(state, x, batches, loss, decay, precision)
         state.seconds += time.perf_counter() - began
         if epoch % CHECKPOINT_EVERY == 0:
             state.write(checkpoint, finished=False)

@@ -30,7 +30,7 @@ class FakeEncoder(nn.Module):
         self.map = torch.randn((2, 27, 12), generator=torch.Generator().manual_seed(1))
 
     def forward(self, pixels):
-        self.images += len(pixels)
+        self.images += len({image.numpy().tobytes() for image in pixels})  # a batch is padded
         x = pixels[:, 37::75, 37::75].reshape(len(pixels), 27).float() / 255
         return torch.einsum("np,kpc->nkc", x, self.map)
 

@@ -7,7 +7,7 @@ from dlsr import features as module
 from dlsr.cache import cache_folder, key
 from dlsr.data import load_images
 from dlsr.errors import UserError
-from dlsr.features import extract, layer_slices, layer_zscore, pick_device
+from dlsr.features import extract, layer_slices, layer_zscore, pick_device, read_batches
 from dlsr.training import precision_of
 
 from conftest import FakeEncoder, image_set, one_sentence, run_python, write_folder
@@ -135,22 +135,16 @@ def test_features_of_cuda_0_and_cuda_share_a_key_and_those_of_the_cpu_have_anoth
     assert keys[0] != keys[1] == keys[2] == keys[3]
 
 
-def test_reading_processes_are_spawned_once_and_read_the_same(encoder, tmp_path, monkeypatch):
-    """Forked from a process that uses CUDA they would fail, or stand still."""
-    images, loaders = written(tmp_path, "pack"), []
-
-    class SpyLoader(module.DataLoader):
-        def __init__(self, *arguments, **options):
-            super().__init__(*arguments, **options)
-            loaders.append(self)
-
-    expected = quiet(images, encoder, batch_size=2)
-    monkeypatch.setattr(module, "DataLoader", SpyLoader)
-    monkeypatch.setattr(torch.Tensor, "to", lambda self, device: self)  # there is no GPU
-    found = quiet(images, FakeEncoder(), batch_size=2, device="cuda:0")
-    assert np.array_equal(found.values, expected.values)
-    ((workers, context),) = ((one.num_workers, one.multiprocessing_context) for one in loaders)
-    assert (workers, context.get_start_method()) == (1, "spawn")
+@pytest.mark.parametrize("kind", ["pack", "folder"])
+def test_batches_are_read_in_order_by_several_threads(kind, tmp_path):
+    images = written(tmp_path, kind)
+    expected = [np.array(images.image(i).resize((4, 3), 2)) for i in range(len(images))]
+    for size, first in ((1, 0), (2, 0), (2, 3), (50, 1)):
+        batches = list(read_batches(images, [(3, 4)], size, first=first))
+        assert [row for rows, _ in batches for row in rows] == list(range(first, len(images)))
+        assert all(len(rows) <= size for rows, _ in batches)
+        pixels = [image for _, read in batches for image in read]
+        np.testing.assert_array_equal(pixels, expected[first:])
 
 
 # Two processes, and interruptions
@@ -206,10 +200,10 @@ def test_two_processes_may_extract_one_set_at_the_same_time(extracted, tmp_path,
 
 
 def test_a_killed_extraction_goes_on_to_the_identical_features(extracted, tmp_path, monkeypatch):
-    """The process was killed after 1,056 images, without a chance to tidy up."""
+    """The process was killed after 528 images, without a chance to tidy up."""
     assert not list((extracted / "killed").rglob("*.npy"))
     resumed, lacked = resumed_or_read(extracted / "killed", monkeypatch)
-    assert lacked == 1100 - 1056
+    assert lacked == 1100 - 528
     assert np.array_equal(resumed, resumed_or_read(tmp_path / "fresh", monkeypatch)[0])
 
 

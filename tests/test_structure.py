@@ -17,8 +17,8 @@ except ModuleNotFoundError:  # Python 3.10, where pytest brings its twin
 
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = [
-    "errors", "cache", "downloads", "data", "encoders", "features", "lfdn", "diffusion",
-    "training", "scores", "metrics", "baselines", "detector", "evaluation", "plots", "cli",
+    "errors", "cache", "downloads", "data", "encoders", "backends", "features", "lfdn", "diffusion",
+    "training", "scores", "metrics", "baselines", "detector", "cluster", "evaluation", "plots", "cli",
 ]  # fmt: skip
 PACKAGE, STUDY = sorted(ROOT.glob("dlsr/*.py")), sorted(ROOT.glob("dlsr/study/*.py"))
 TREES = {file: ast.parse(file.read_text("utf-8")) for file in PACKAGE + STUDY}
@@ -31,7 +31,7 @@ FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 @pytest.mark.parametrize(
-    ("files", "limit"), [("dlsr/*.py", 2500), ("dlsr/study/*.py", 1000), ("tests/*.py", 4500)]
+    ("files", "limit"), [("dlsr/*.py", 2350), ("dlsr/study/*.py", 1000), ("tests/*.py", 4900)]
 )
 def test_the_files_are_short(files, limit):
     lines = {file.name: file.read_text("utf-8").count("\n") for file in ROOT.glob(files)}
