@@ -2,11 +2,14 @@
 # make book      executes every page and builds the book
 # make results PROFILE=pack [ITEM=08_near_ood] [OPTIONS="-p seeds 1"]
 #                measures; the only writer of results/
+# make bench     measures speed, bench-memory growth, prove the workers of Ray; each writes benchmarks/
 # All make .venv first, with the versions of requirements.lock. make LOCK= takes the newest versions
-# that pyproject.toml allows instead. Nothing is redone that is not out of date.
+# that pyproject.toml allows instead, make EXTRAS=fast,ray the optional packages too. Nothing is
+# redone that is not out of date.
 PYTHON ?= python3
 VENV ?= .venv
 LOCK ?= requirements.lock
+EXTRAS ?=
 BIN := $(VENV)/bin
 PAGES := $(patsubst notebooks/%,book/notebooks/%,$(wildcard notebooks/*.ipynb))
 CODE := $(shell find dlsr -type f -not -path '*/__pycache__/*')
@@ -20,7 +23,7 @@ ifeq ($(PROFILE)$(filter results,$(MAKECMDGOALS)),results)
 $(error Say which profile: make results PROFILE=pack)
 endif
 .DELETE_ON_ERROR:
-.PHONY: book test results pages clean
+.PHONY: book test results pages bench bench-memory prove clean
 
 book: $(VENV)/installed
 	@$(MAKE) --no-print-directory -j2 pages
@@ -35,6 +38,16 @@ test: $(VENV)/installed
 results: $(VENV)/installed
 	$(BIN)/python book/make_results.py --profile $(PROFILE) $(ITEM) $(OPTIONS)
 
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/precision.py
+
+bench-memory: $(VENV)/installed
+	$(BIN)/python benchmarks/memory.py
+
+prove: $(VENV)/installed
+	$(BIN)/python benchmarks/prove_cluster.py
+
 pages: $(PAGES)
 
 $(VENV)/installed: pyproject.toml $(LOCK)
@@ -46,6 +59,9 @@ ifeq ($(LOCK),)
 else
 	$(BIN)/python -m pip install --requirement $(LOCK)
 	$(BIN)/python -m pip install --no-deps --editable .
+endif
+ifneq ($(EXTRAS),)
+	$(BIN)/python -m pip install $(if $(LOCK),--constraint $(LOCK)) --editable ".[$(EXTRAS)]"
 endif
 	@touch $@
 

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
@@ -171,7 +172,7 @@ def part_killed(folder: Path) -> None:
         while not killed:
             time.sleep(0.05)
             batches = {int(note.name): int(note.read_text() or 0) for note in notes.iterdir()}
-            if sum(batches.values()) > n / 32 / 2:
+            if sum(batches.values()) > n / 16 / 2:
                 pid = max(batches, key=batches.get)
                 os.kill(pid, signal.SIGKILL)
                 killed.append((pid, sum(batches.values())))
@@ -179,14 +180,24 @@ def part_killed(folder: Path) -> None:
     threading.Thread(target=kill, daemon=True).start()
     start, target = time.perf_counter(), folder / "scores.csv"
     options = {"workers": 2, "create": lambda name: Tiny(name, notes)}
-    counts = cluster.score_to_file(folder / "pack.parquet", detector, target, **options)
+    counts = to_file(folder / "pack.parquet", detector, target, **options)
     seconds = time.perf_counter() - start
     (pid, batches), workers = killed[0], len(list(notes.iterdir()))
     report = check(pd.read_csv(target, dtype={"score": np.float32}), truth, n)
     say(
-        f"worker {pid} was killed with -9 after {batches} of {n // 32} batches; {seconds:.0f} s in "
+        f"worker {pid} was killed with -9 after {batches} of {n // 16} batches; {seconds:.0f} s in "
         f"all, {workers} workers in the end; {report}; {dict(counts)}"
     )
+
+
+def to_file(source: Path, detector: Path, target: Path, **options) -> Counter:
+    """Write the scores into a CSV file block by block; return how many have each verdict."""
+    counts = Counter()
+    scores = cluster.score_images(source, detector, **options)
+    for block in scores.iter_batches(batch_size=None, batch_format="pandas"):
+        block.to_csv(target, mode="a", header=not counts, index=False)
+        counts.update(block["verdict"])
+    return counts
 
 
 def part_memory(folder: Path, n: int) -> None:
@@ -197,7 +208,7 @@ def part_memory(folder: Path, n: int) -> None:
     before, start = resident("VmRSS"), time.perf_counter()
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here on
     files = [folder / name for name in ("pack.parquet", "few.detector", "scores.csv")]
-    counts = cluster.score_to_file(*files, workers=2, create=Tiny)
+    counts = to_file(*files, workers=2, create=Tiny)
     peak, seconds = resident("VmHWM"), time.perf_counter() - start
     assert sum(counts.values()) == n
     say(f"{n:>6,} images: {peak} MB at the peak, {before} MB before; {seconds:.0f} s")

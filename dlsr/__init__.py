@@ -22,7 +22,7 @@ diffusion: noise_schedule add_noise fixed_noise ddim_released ddim one_step rand
 diffusion: reconstruct in_batches
 training: train fit_network diffusion_loss
 scores: mse lr mfsim mse_by_layer mfsim_by_layer
-metrics: auroc fpr95 aupr_in aupr_out bootstrap interval
+metrics: auroc fpr95 bootstrap
 baselines: fit_knn fit_gaussian
 detector: DLSRDetector
 evaluation: settings score_sets evaluate beside_paper paper_values read_scores save_results origin

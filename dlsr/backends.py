@@ -73,7 +73,9 @@ def _openvino(encoder: FrozenEncoder, shape: tuple, precision: str) -> Callable:
     import openvino
 
     example, form = torch.zeros(shape, dtype=torch.uint8), [(shape, openvino.Type.u8)]
-    model = openvino.convert_model(encoder, example_input=example, input=form)
+    with warnings.catch_warnings():  # it traces the encoder in a way that PyTorch calls old
+        warnings.simplefilter("ignore")
+        model = openvino.convert_model(encoder, example_input=example, input=form)
     hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     hints["INFERENCE_PRECISION_HINT"] = {"float32": "f32", "bf16": "bf16"}[precision]
     request = openvino.Core().compile_model(model, "CPU", hints).create_infer_request()

@@ -63,9 +63,6 @@ def checked(x: np.ndarray, width: int = 0) -> np.ndarray:
     """
     x, least = np.ascontiguousarray(x, dtype=np.float32), 1 if width else 2
     if x.ndim != 2 or len(x) < least or (width and x.shape[1] != width):
-        raise UserError(
-            f"Vectors of shape {x.shape} were given; {least} or more of {width or 'c'} numbers "
-            "each are needed."
-        )
-    check_finite(x)
-    return x
+        needed = f"{least} or more of {width or 'c'} numbers each are needed"
+        raise UserError(f"Vectors of shape {x.shape} were given; {needed}.")
+    return check_finite(x)

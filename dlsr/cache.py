@@ -53,9 +53,8 @@ def locked(path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
         return FileLock(f"{path}.lock").acquire()
     except OSError as error:
-        raise UserError(
-            f"{path.parent} cannot be written to ({error}); set DLSR_CACHE to another folder."
-        ) from error
+        told = f"{path.parent} cannot be written to ({error})"
+        raise UserError(f"{told}; set DLSR_CACHE to another folder.") from error
 
 
 def kept_hash(files: list[Path], make: Callable[[], str]) -> str:
@@ -70,7 +69,9 @@ def kept_hash(files: list[Path], make: Callable[[], str]) -> str:
 
 def array_sha256(array) -> str:
     """Return the sha256 of an array's numbers, shape and type."""
-    return hashlib.sha256(f"{array.dtype.str}{array.shape}".encode() + array.tobytes()).hexdigest()
+    digest = hashlib.sha256(f"{array.dtype.str}{array.shape}".encode())
+    digest.update(array.ravel())  # no copy of an array that lies in one piece
+    return digest.hexdigest()
 
 
 def write_tensors(file: Path, tensors: dict, about: dict) -> None:

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,6 +56,8 @@ def _fit(options: argparse.Namespace) -> None:
 def _score(options: argparse.Namespace) -> None:
     import pandas as pd
 
+    if options.engine == "ray":
+        return _score_by_ray(options)
     detector = dlsr.DLSRDetector.load(options.detector)
     if not {"encoder", "weights_sha256"} <= set(detector.about_):
         raise UserError(f"{options.detector} does not say its encoder; fit it by `dlsr fit`.")
@@ -72,6 +75,31 @@ def _score(options: argparse.Namespace) -> None:
     _notice(f"{called} of {len(table)} images are above {detector.threshold_:.6g}, so OOD.")
 
 
+def _score_by_ray(options: argparse.Namespace) -> None:
+    """Write the scores block by block, as they come, in any order."""
+    from dlsr.cluster import score_images, start_ray
+    from dlsr.data import data_folder
+
+    if not options.target:
+        raise UserError("--engine ray was given without --csv FILE; name the file to write.")
+    ray, counts = start_ray(), Counter()
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    pack = data_folder() / f"{options.images}.parquet"
+    source = pack if pack.is_file() else options.images
+    scores = score_images(source, options.detector, workers=options.workers)
+
+    def write(file: Path) -> None:
+        for block in scores.iter_batches(batch_size=None, batch_format="pandas"):
+            block.to_csv(file, mode="a", header=not counts, index=False)
+            counts.update(block["verdict"])
+
+    try:
+        replace_file(options.target, write)
+    except ray.exceptions.RayError as error:  # its last line is what the worker said
+        raise UserError(str(error).strip().splitlines()[-1]) from error
+    _notice(", ".join(f"{count} images are {verdict}" for verdict, count in counts.items()))
+
+
 def _info(options: argparse.Namespace) -> None:
     detector = dlsr.DLSRDetector.load(options.detector, device="cpu")
     known = {"method": detector.method, "threshold": detector.threshold_}
@@ -81,14 +109,14 @@ def _info(options: argparse.Namespace) -> None:
 
 def _sets(options: argparse.Namespace) -> None:
     from dlsr.data import BUILT_IN, data_folder, load_images, registry
-    from dlsr.downloads import torchvision_mark
 
     if options.download:
         load_images(options.download)
     print(f"data folder (DLSR_DATA): {data_folder()}")
     for key, row in registry().items():
-        places = [data_folder() / key, data_folder() / f"{key}.parquet", torchvision_mark(key)]
+        places = [data_folder() / key, data_folder() / f"{key}.parquet"]
         places += [cache_folder() / "data" / row.md5] if row.md5 else []
+        places += [cache_folder() / "torchvision" / f"{key}.complete"]
         here = row.source == BUILT_IN or any(place.exists() for place in places)
         print(f"{key:20} {row.images or '':>6} images  {'here' if here else 'not here'}")
 
@@ -125,6 +153,8 @@ def _parser() -> argparse.ArgumentParser:
         fit.add_argument(f"--{name}", type=int, default=size, help="for mse, mfsim; %(default)s")
     score = commands.add_parser("score", parents=[saved, images], help="score images by it")
     score.add_argument("--csv", **out, help="write the table there; else it is printed")
+    score.add_argument("--engine", choices=["ray"], help="on a Ray cluster, by dlsr[ray]")
+    score.add_argument("--workers", type=int, default=1, help="of the engine; %(default)s")
     commands.add_parser("info", parents=[saved], help="what is known of a detector")
     sets = commands.add_parser("sets", help="list the image sets, and which are here")
     sets.add_argument("--download", metavar="NAME", help="get this set first")

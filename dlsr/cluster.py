@@ -4,14 +4,13 @@ On a CPU, batches below 16 images are rounded otherwise. A worker fills every ba
 an image's numbers depend on no other image, on no worker and on no number of threads.
 """
 
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from dlsr import cache, data, encoders, features
+from dlsr import backends, data, encoders, features
 from dlsr.detector import DLSRDetector
 from dlsr.errors import UserError
 
@@ -21,8 +20,8 @@ def score_images(source, detector: str | Path, **options):
 
     ``source`` is a folder of images or of Parquet with ``image``, a struct of bytes and path; such
     a file or address; or a Ray dataset with ``image``, or with ``path`` and ``bytes``. An image
-    that cannot be read is ``unreadable`` and has a reason. ``workers`` are a number or, where the
-    cluster may grow, (least, most); each has ``gpus`` GPUs and an encoder, ``create(name)``.
+    that cannot be read is ``unreadable`` and has a reason. Each of the ``workers`` has ``gpus``
+    GPUs and an encoder, ``create(name)``.
     """
     loaded = DLSRDetector.load(detector, device="cpu")  # there it computes on GPU workers as well
     if not {"encoder", "weights_sha256"} <= set(loaded.about_):
@@ -30,39 +29,39 @@ def score_images(source, detector: str | Path, **options):
     return extract_images(source, loaded.about_["encoder"], detector=loaded, **options)
 
 
-def score_to_file(source, detector: str | Path, target: str | Path, **options) -> Counter:
-    """Write `score_images` into a CSV file, block by block; return how many have each verdict."""
-    scores, counts = score_images(source, detector, **options), Counter()
-
-    def write(file: Path) -> None:
-        for block in scores.iter_batches(batch_size=None, batch_format="pandas"):
-            block.to_csv(file, mode="a", header=not counts, index=False)
-            counts.update(block["verdict"])
-
-    cache.replace_file(Path(target), write)
-    return counts
-
-
-def extract_images(source, name, *, workers=1, gpus=0, batch_size=32, create=None, detector=None):
-    """Return a lazy Ray dataset of ``path``, ``reason`` and ``z0`` of the encoder ``name``."""
+def start_ray():
+    """Return Ray on the cluster of ``$RAY_ADDRESS`` or, where there is none, on this machine."""
     try:
         import ray.data
     except ImportError as error:
         raise UserError("A cluster needs Ray; install it with: pip install 'dlsr[ray]'") from error
-    folder = None if isinstance(source, ray.data.Dataset) else Path(source)
-    if folder and folder.is_dir() and not any(folder.glob("*.parquet")):
-        source = ray.data.from_items([{"path": str(p)} for p in data.from_folder(folder).source])
-    elif folder:
-        source = ray.data.read_parquet(str(source), num_cpus=0.25)
-    cpus, shape = ray.cluster_resources().get("CPU", 1), (batch_size, *data.INPUT_SIZE, 3)
-    least, most = workers if isinstance(workers, tuple) else (workers, workers)
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, logging_level="error")
+    return ray
+
+
+def extract_images(source, name, *, workers=1, gpus=0, batch_size=16, create=None, detector=None):
+    """Return a lazy Ray dataset of ``path``, ``reason`` and ``z0`` of the encoder ``name``."""
+    ray = start_ray()
+    if not isinstance(source, ray.data.Dataset):
+        folder = Path(source)
+        if folder.is_dir() and not any(folder.glob("*.parquet")):
+            paths = [{"path": str(path)} for path in data.from_folder(folder).source]
+            source = ray.data.from_items(paths)
+        else:
+            source = ray.data.read_parquet(str(source), num_cpus=0.25)
+    cpus = ray.cluster_resources().get("CPU", 1)
+    if cpus < 2:  # listing Parquet files takes a whole one
+        raise UserError("Ray has 1 CPU; it needs 2 to read beside a worker: give it more.")
     # Half of the CPUs are left to read, without which it hangs; Ray joins steps of equal num_cpus.
-    options = {"num_cpus": 0.5 if least < most else min(0.5, 0.5 * cpus / most), "num_gpus": gpus}
-    options["compute"] = ray.data.ActorPoolStrategy(min_size=least, max_size=most)
-    made = (name, create or encoders.create_encoder, detector, shape, int(cpus // most), gpus)
-    pixels = source.map_batches(_pixels, batch_size=shape[0], batch_format="pyarrow", num_cpus=0.43)
-    pixels.context.target_max_block_size = 4 * int(np.prod(shape))  # 4 full batches
-    return pixels.map_batches(_Worker, fn_constructor_args=made, batch_size=shape[0], **options)
+    options = {"num_cpus": min(0.5, 0.5 * cpus / workers), "num_gpus": gpus}
+    options |= {"compute": ray.data.ActorPoolStrategy(size=workers), "batch_size": batch_size}
+    made_of = (name, create or encoders.create_encoder, detector, batch_size)
+    options["fn_constructor_args"] = (*made_of, int(cpus // workers), gpus)
+    reading = {"batch_size": batch_size, "batch_format": "pyarrow", "num_cpus": 0.43}
+    pixels = source.map_batches(_pixels, **reading)
+    pixels.context.target_max_block_size = 4 * batch_size * 3 * int(np.prod(data.INPUT_SIZE))
+    return pixels.map_batches(_Worker, **options)
 
 
 def _pixels(rows: pa.Table) -> dict[str, np.ndarray]:
@@ -80,21 +79,22 @@ def _pixels(rows: pa.Table) -> dict[str, np.ndarray]:
 
 
 class _Worker:
-    def __init__(self, name, create, detector, shape, threads, gpus) -> None:
+    def __init__(self, name, create, detector, size, threads, gpus) -> None:
         torch.set_num_threads(max(threads, 1))  # Ray's own number is that of a worker's num_cpus
-        torch.backends.cudnn.allow_tf32 = False  # as in dlsr.extract
-        self.detector, self.shape, self.device = detector, shape, "cuda" if gpus else "cpu"
-        self.encoder = create(name).to(self.device)
-        if detector and detector.about_["weights_sha256"] != self.encoder.weights_sha256:
+        encoder, device = create(name), torch.device("cuda" if gpus else "cpu")
+        if detector and detector.about_["weights_sha256"] != encoder.weights_sha256:
             raise UserError(f"{name} has other weights than at the fit; use those, or fit again.")
+        options = {"precision": "float32", "device": device, "batch_size": size}
+        self.run = backends.prepare(encoder, "torch", **options)
+        self.detector, self.size, self.channels = detector, size, encoder.channels
 
     def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
         n, bad = len(batch["path"]), batch["reason"] != ""
-        pixels = torch.from_numpy(np.resize(batch["pixels"], self.shape)).to(self.device)
-        z0 = features.layer_zscore(self.encoder(pixels).cpu().numpy()[:, 0], self.encoder.channels)
+        z0 = features.layer_zscore(self.run(batch["pixels"])[:, 0], self.channels)
         row = {"path": batch["path"], "reason": pa.array(batch["reason"], pa.string(), mask=~bad)}
         if self.detector:
-            score, limit = self.detector.ood_score(z0)[:n], self.detector.threshold_
+            full = np.resize(z0, (self.size, z0.shape[1]))  # fewer rows are rounded otherwise
+            score, limit = self.detector.ood_score(full)[:n], self.detector.threshold_
             verdict = np.select([bad, score.astype(float) > limit], ["unreadable", "OOD"], "ID")
             return pa.table(row | {"score": pa.array(score, mask=bad), "verdict": verdict})
-        return pa.table(row | {"z0": pa.array(list(z0[:n]), pa.list_(pa.float32()), mask=bad)})
+        return pa.table(row | {"z0": pa.array(list(z0), pa.list_(pa.float32()), mask=bad)})

@@ -27,7 +27,6 @@ from dlsr.errors import UserError
 INPUT_SIZE = (224, 224)  # height, width of what every encoder sees
 BUILT_IN = "scikit-learn"  # digits and patches of two photographs
 HERE = Path(__file__).parent
-Size = tuple[int, int]  # height, width
 
 
 @lru_cache
@@ -48,8 +47,8 @@ def registry() -> dict[str, SimpleNamespace]:
 
 
 def set_title(name: str) -> str:
-    """Return a set's name as a reader knows it; an unregistered name stays as it is."""
-    return registry()[name].title if name in registry() else name
+    """Return a set's name as a reader knows it; "average" is "mean", an unknown name stays."""
+    return registry()[name].title if name in registry() else {"average": "mean"}.get(name, name)
 
 
 def data_folder() -> Path:
@@ -75,9 +74,6 @@ class ParquetImages:
             self.first, self.batch = self.first + len(self.batch), next(self.batches)["image"]
         return self.batch[int(row) - self.first]["bytes"].as_py()
 
-    def __reduce__(self) -> tuple:  # another process opens the file itself
-        return ParquetImages, (self.files[0],)
-
 
 @dataclass(frozen=True)
 class ImageSet:
@@ -92,7 +88,7 @@ class ImageSet:
     ids: Sequence[str]
     labels: Sequence[str]
     source: Sequence
-    size: Size | None = None
+    size: tuple[int, int] | None = None
     partial: str = ""
 
     def __len__(self) -> int:
@@ -150,24 +146,8 @@ class ImageSet:
 
     def take(self, rows: Sequence[int]) -> "ImageSet":
         """Return the images at the given rows, in that order."""
-        rows = [int(row) for row in rows]
         ids, labels = ([values[row] for row in rows] for values in (self.ids, self.labels))
         return replace(self, ids=ids, labels=labels, source=Subset(self.source, rows))
-
-
-def resize_chain(resolution: str, *, size: Size | None, id_size: Size | None = None) -> tuple:
-    """Return the sizes, (height, width), through which an image goes to the encoder.
-
-    ``native``: straight to 224x224. ``matched``: to the ID set's size first; a set that has it
-    goes straight, so that its features are the same at both resolutions.
-    """
-    if resolution not in ("native", "matched") or (resolution == "matched" and not id_size):
-        raise UserError(
-            f"resolution={resolution!r} and id_size={id_size} were given; choose 'native', or "
-            "'matched' with the (height, width) of the ID images."
-        )
-    straight = resolution == "native" or size == id_size
-    return (INPUT_SIZE,) if straight else (id_size, INPUT_SIZE)
 
 
 def resize(image: Image.Image, chain: Sequence[tuple]) -> Image.Image:
@@ -251,16 +231,14 @@ def from_folder(folder: Path, pattern: str = "") -> ImageSet:
     everything = sorted(p for p in folder.rglob(pattern or "*") if p.is_file())
     paths = [p for p in everything if p.suffix.lower() in suffixes and p.name[0] != "."]
     if not paths:
-        raise UserError(
-            f"The folder {folder} has {len(everything)} files, none of them an image; put PNG, "
-            "JPEG, WebP or other images in it."
-        )
+        told = f"The folder {folder} has {len(everything)} files, none of them an image"
+        raise UserError(f"{told}; put PNG, JPEG, WebP or other images in it.")
     inner = [p.relative_to(folder) for p in paths]
     labels = [p.parent.as_posix() for p in inner]
     return ImageSet(folder.name, [p.as_posix() for p in inner], labels, paths)
 
 
-def from_parquet(file: Path, *, name: str, size: Size | None = None) -> ImageSet:
+def from_parquet(file: Path, *, name: str, size: tuple[int, int] | None = None) -> ImageSet:
     """Return a pack's images: columns ``image`` (a struct of bytes and path) and ``label``."""
     try:
         table = pq.ParquetFile(file).read(columns=["image.path", "label"]).flatten()

@@ -122,8 +122,6 @@ class DLSRDetector(OutlierMixin, BaseEstimator):
 
         Raises `UserError` for a file that is damaged, of another version or no detector.
         """
-        if (Path(path) / "detector.json").exists():
-            raise UserError(f"{path} was saved by an older version of dlsr; fit it again.")
         content, tensors = read_tensors(Path(path))
         arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
         form = content.get("format")
@@ -146,8 +144,7 @@ class DLSRDetector(OutlierMixin, BaseEstimator):
             z = validate_data(self, z, reset=reset, ensure_min_samples=1 + reset, **options)
         except ValueError as error:
             raise UserError(str(error)) from error
-        check_finite(z)
-        return z
+        return check_finite(z)
 
     def _train(self, z: np.ndarray) -> dict[str, np.ndarray]:
         """Return the arrays that scores are computed from, and that are saved."""

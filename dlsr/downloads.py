@@ -12,18 +12,13 @@ from dlsr.cache import cache_folder, locked
 from dlsr.errors import UserError
 
 
-def torchvision_mark(name: str) -> Path:
-    """Return the empty file that says that torchvision's download of a set is complete."""
-    return cache_folder() / "torchvision" / f"{name.replace('/', '-')}.complete"
-
-
 def torchvision_set(name: str, kind: str, calls: Sequence[dict]) -> ConcatDataset:
     """Return a torchvision set, downloaded into the cache if it is not there.
 
     ``kind`` is the class in `torchvision.datasets`, ``calls`` are the options of each of the
     parts that make up the set. torchvision checks its own checksums, and raises many errors.
     """
-    mark = torchvision_mark(name)
+    mark = cache_folder() / "torchvision" / f"{name}.complete"  # an empty file
     with locked(mark):
         build, there = getattr(torchvision.datasets, kind), mark.is_file()
         parts = [build(mark.parent, **options, download=not there) for options in calls]

@@ -36,9 +36,8 @@ def create_encoder(
     """
     if name not in PRESETS and name not in (*timm.list_models(), *timm.list_pretrained()):
         close = ", ".join([*PRESETS, *timm.list_models(f"*{name.split('.')[0]}*")[:5]])
-        raise UserError(
-            f"The encoder {name!r} is unknown; choose one of {close}, or another model of timm."
-        )
+        told = f"The encoder {name!r} is unknown"
+        raise UserError(f"{told}; choose one of {close}, or another model of timm.")
     preset = {"tag": name, "layers": None, "identity": ()} | PRESETS.get(name, {})
     tag, layers = preset["tag"], layers or preset["layers"]
     folder = Path(os.environ.get("DLSR_WEIGHTS") or cache_folder() / "weights")

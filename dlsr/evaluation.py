@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from dlsr.cache import locked, replace_file
 from dlsr.errors import UserError
 from dlsr.features import Features
-from dlsr.metrics import DRAWS, METRICS, bootstrap, interval
+from dlsr.metrics import DRAWS, METRICS, bootstrap
 from dlsr.training import precision_of
 
 AVERAGE = "average"  # the name, in tables, of the unweighted mean over OOD sets
@@ -55,12 +55,11 @@ def settings(profiles: Mapping[str, dict], profile: str, **overrides: object) ->
 
 def score_sets(
     scores: Callable[[Features, int], Mapping[str, np.ndarray]], features: Mapping[str, Features],
-    sets: Sequence[str], *, seeds: int = 1, precision: str = "",
+    sets: Sequence[str], *, seeds: int = 1,
 ) -> pd.DataFrame:  # fmt: skip
     """Return the scores of every image of some sets as a per-image table.
 
     ``scores(features_of_a_set, seed)`` returns a score of every image for each method's name.
-    ``precision`` is that of the training where it was not the device's own.
     """
     began, parts = time.perf_counter(), []
     for name, seed in product(sets, range(seeds)):
@@ -69,7 +68,6 @@ def score_sets(
     table = pd.concat(parts, ignore_index=True)
     about = provenance(features[sets[0]].device, time.perf_counter() - began)
     about |= {"features": features[sets[0]].backend}
-    about |= {"precision": precision} if precision else {}
     partial = {name: of_set.images.partial for name, of_set in features.items()}
     table.attrs = {"about": about, "partial": partial}
     return table
@@ -77,7 +75,7 @@ def score_sets(
 
 def evaluate(
     per_image: pd.DataFrame, *, id_test: str, ood: Sequence[str] | None = None,
-    metrics: Sequence[str] = ("auroc", "fpr95"), versus: str = "", draws: int = DRAWS,
+    metrics: Sequence[str] = tuple(METRICS), versus: str = "", draws: int = DRAWS,
 ) -> pd.DataFrame:  # fmt: skip
     """Return every method's metrics on each OOD set and on their unweighted mean, in percent.
 
@@ -115,22 +113,20 @@ def evaluate(
 
 def _cells(scores, id_test, ood, metrics, draws) -> dict[tuple, list[np.ndarray]]:
     """Return, by (set, method, metric), an array for each seed: the value, then its draws."""
-    rows = [(seed, method) for name, seed, method in scores if name == ood]
-    rows = [row for row in rows if (id_test, *row) in scores]
+    rows = [row for name, *row in scores if name == ood and (id_test, *row) in scores]
     if not rows:
         raise UserError(f"There are no scores of both {id_test} and {ood}; compute them first.")
     on_id, on_ood = (np.stack([scores[(s, *row)] for row in rows]) for s in (id_test, ood))
     sampled, cells = bootstrap(on_id, on_ood, draws=draws), defaultdict(list)
-    for i, metric in product(range(len(rows)), metrics):
+    for (i, (_, method)), metric in product(enumerate(rows), metrics):
         value = METRICS[metric](on_id[i], on_ood[i])
-        drawn = sampled[metric][i] if metric in sampled else np.nan  # AUPR has no interval
-        cells[ood, rows[i][1], metric].append(np.append(value, drawn))
+        cells[ood, method, metric].append(np.append(value, sampled[metric][i]))
     return cells
 
 
 def _summary(values: list[np.ndarray]) -> dict[str, float]:
     mean, by_seed = np.mean(values, axis=0), [of_seed[0] for of_seed in values]
-    numbers = [mean[0], *interval(mean[1:]), min(by_seed), max(by_seed)]
+    numbers = [mean[0], *np.quantile(mean[1:], [0.025, 0.975]), min(by_seed), max(by_seed)]
     names = ["value", "ci_low", "ci_high", "seed_low", "seed_high"]
     return dict(zip(names, 100 * np.array(numbers), strict=True)) | {"seeds": len(values)}
 
@@ -173,11 +169,11 @@ def project_folder() -> Path:
 def provenance(device: str = "", seconds: float = 0.0) -> dict[str, str | float]:
     """Return by what results are made now: commit, versions, device, day and seconds."""
     describe = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    options, commit = {"cwd": project_folder(), "capture_output": True, "text": True}, ""
+    options = {"cwd": project_folder(), "capture_output": True, "text": True}
+    commit = "not in a repository"
     with suppress(OSError):  # git is not installed
-        commit = subprocess.run(describe, **options).stdout.strip()
-    about = {"commit": commit or "not in a repository", "device": device}
-    about |= {"date": time.strftime("%Y-%m-%d")}
+        commit = subprocess.run(describe, **options).stdout.strip() or commit
+    about = {"commit": commit, "device": device, "date": time.strftime("%Y-%m-%d")}
     about |= {name: version(name) for name in ("torch", "timm", "numpy", "scikit-learn")}
     about |= {"precision": precision_of(device or "cpu"), "seconds": round(seconds, 1)}
     return about | {"seeding": "v1"}
@@ -186,8 +182,7 @@ def provenance(device: str = "", seconds: float = 0.0) -> dict[str, str | float]
 def origin(per_image: pd.DataFrame) -> str:
     """Return one sentence on where scores come from: commit, day and device."""
     text = "These numbers are from commit {commit}, {date}, on {device} (seeding {seeding})."
-    about = per_image.attrs["about"]
-    return text.format(**about | {"commit": about["commit"] or "(not recorded)"})
+    return text.format(**per_image.attrs["about"])
 
 
 def save_results(
@@ -251,6 +246,6 @@ def _read_old(folder: Path, index: pd.DataFrame) -> pd.DataFrame:
             parts.append(table.to_pandas().rename(columns=methods).assign(set=name, seed=int(seed)))
     frame = pd.concat(parts).groupby(KEYS, sort=False).first()[index["method"].unique()]
     frame = frame.reset_index()
-    about = {"commit": "", "date": max(index["date"]), "device": ", ".join(sorted(devices))}
-    frame.attrs = {"about": about | {"seeding": "v0"}, "partial": partial}
+    about = {"commit": "(not recorded)", "date": max(index["date"]), "seeding": "v0"}
+    frame.attrs = {"about": about | {"device": ", ".join(sorted(devices))}, "partial": partial}
     return frame

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from dlsr import backends
 from dlsr.cache import cache_folder, key, locked, replace_file
-from dlsr.data import ImageSet, Size, load_images, resize, resize_chain
+from dlsr.data import INPUT_SIZE, ImageSet, load_images, resize
 from dlsr.encoders import POOLINGS, FrozenEncoder
 from dlsr.errors import UserError
 
@@ -33,15 +33,14 @@ class Features:
 
     ``values`` is (N, poolings, c) float32 of the images in ``images``; ``rows`` are their rows in
     the set that was asked for, from which unreadable images are missing if they were skipped;
-    ``channels`` are the layers' widths, ``encoder`` is the encoder's name, and ``backend`` is what
-    ran it in which precision, such as ``openvino, float32``.
+    ``channels`` are the layers' widths, and ``backend`` is what ran the encoder in which precision,
+    such as ``openvino, float32``.
     """
 
     values: np.ndarray
     rows: np.ndarray
     images: ImageSet
     channels: tuple[int, ...]
-    encoder: str
     weights_sha256: str
     device: str
     backend: str
@@ -58,17 +57,6 @@ class Features:
     def z0(self, pooling: str = "gap") -> np.ndarray:
         """Return the z-score of every layer of each image, (N, c) float32 (`layer_zscore`)."""
         return layer_zscore(self.raw(pooling), self.channels)
-
-    def take(self, rows: Sequence[int]) -> "Features":
-        """Return the features of the image set's given rows, in that order.
-
-        Raises `UserError` if one of these images was skipped as unreadable.
-        """
-        missing, at = np.isin(rows, self.rows, invert=True), np.searchsorted(self.rows, rows)
-        if missing.any():
-            raise UserError(f"{missing.sum()} of these rows were skipped as unreadable; omit them.")
-        values, images = self.values[at], self.images.take(at)
-        return replace(self, values=values, rows=np.arange(len(at)), images=images)
 
 
 def layer_slices(channels: Sequence[int]) -> list[slice]:
@@ -94,11 +82,12 @@ def layer_zscore(raw: np.ndarray, channels: Sequence[int]) -> np.ndarray:
     return z0
 
 
-def check_finite(x: np.ndarray, which: str = "images") -> None:
-    """Raise `UserError` with a count of the images if features x, (N, c), hold NaN or inf."""
+def check_finite(x: np.ndarray, which: str = "images") -> np.ndarray:
+    """Return x, (N, c); raise `UserError` with a count of the images if it holds NaN or inf."""
     bad = int((~np.isfinite(x)).any(axis=1).sum())
     if bad:
         raise UserError(f"{bad} of {len(x)} {which} have NaN or infinite features; omit them.")
+    return x
 
 
 def pick_device(device: str | None = None) -> str:
@@ -110,23 +99,21 @@ def pick_device(device: str | None = None) -> str:
 
 
 def extract(
-    images: ImageSet | str | Path, encoder: FrozenEncoder, *, resolution: str = "native",
-    id_size: Size | None = None, chain: Sequence[tuple] | None = None, precision: str = "float32",
-    backend: str = "", batch_size: int = 0, device: str | None = None, on_error: str = "raise",
-    progress: bool = True,
+    images: ImageSet | str | Path, encoder: FrozenEncoder, *, precision: str = "float32",
+    chain: Sequence[tuple] = (INPUT_SIZE,), backend: str = "", batch_size: int = 0,
+    device: str | None = None, on_error: str = "raise", progress: bool = True,
 ) -> Features:  # fmt: skip
     """Return the features of an image set, of a registered one by its key, or of a folder.
 
     They come out of the cache, or are extracted into it; a run that was cut off goes on, and of
-    two processes one waits for the other. ``resolution`` is ``native`` or ``matched`` (see
-    `data.resize_chain`); ``chain`` names the sizes instead. ``precision`` is ``float32`` or
-    ``bf16``, and ``backend`` is ``torch``, ``openvino`` or "", the fastest for so many images. With
-    ``on_error="skip"`` unreadable images are left out and named, else they raise `UserError`.
+    two processes one waits for the other. ``chain`` names the sizes through which an image goes to
+    the encoder, as in `data.resize`. ``precision`` is ``float32`` or ``bf16``, and ``backend`` is
+    ``torch``, ``openvino`` or "", the fastest for so many images. With ``on_error="skip"``
+    unreadable images are left out and named, else they raise `UserError`.
     """
     if on_error not in ("raise", "skip"):
         raise UserError(f"on_error={on_error!r} was given; choose raise or skip.")
     images = images if isinstance(images, ImageSet) else load_images(images)
-    chain = chain or resize_chain(resolution, size=images.size, id_size=id_size)
     device = torch.device(pick_device(device))
     backends.check_precision(precision, device)
     backend = backend or backends.choose(len(images), device)
@@ -144,7 +131,7 @@ def extract(
             raise UserError(f"{told}; mend or remove them, or skip them (--skip-unreadable).")
         tqdm.write(f"{told}; they are left out.", file=sys.stderr)
         values, images = values[rows], images.take(rows)
-    about = (encoder.channels, encoder.name, encoder.weights_sha256, str(device))
+    about = (encoder.channels, encoder.weights_sha256, str(device))
     return Features(values, rows, images, *about, f"{backend}, {precision}")
 
 
@@ -199,19 +186,18 @@ def read_batches(
     An image that cannot be read is None. Two batches are read ahead.
     """
 
-    def read(part: ImageSet, i: int) -> np.ndarray | None:
+    def read(i: int, content: object) -> np.ndarray | None:
         with suppress(UserError):
-            return np.array(resize(part.image(i), chain))
+            return np.array(resize(replace(images, source={i: content}).image(i), chain))
 
     waiting = deque()
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         for start in range(first, len(images), size):
             rows = range(start, min(start + size, len(images)))
-            part = images.take(rows)  # a pack is read here, in its order
-            part = replace(part, source=[part.source[i] for i in range(len(part))])
-            waiting.append((rows, [pool.submit(read, part, i) for i in range(len(part))]))
+            contents = [images.source[i] for i in rows]  # a pack is read here, in its order
+            waiting.append((rows, pool.map(read, rows, contents)))
             if len(waiting) > 2:
-                rows, reads = waiting.popleft()
-                yield rows, [one.result() for one in reads]
-        for rows, reads in waiting:
-            yield rows, [one.result() for one in reads]
+                rows, pixels = waiting.popleft()
+                yield rows, list(pixels)
+        for rows, pixels in waiting:
+            yield rows, list(pixels)

@@ -19,17 +19,10 @@ def sinusoid(t: torch.Tensor, dimension: int) -> torch.Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def zero(linear: nn.Linear) -> nn.Linear:
-    """Set a layer's weights to zero, so that the block it ends starts as the identity."""
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
-    return linear
-
-
 class ResidualBlock(nn.Module):
     """Compute x + Linear0(SiLU(GN(Linear(SiLU(GN(x))) + Linear(SiLU(emb))))).
 
-    GroupNorm with one group is LayerNorm on vectors. Linear0 starts at zero. Without a
+    GroupNorm with one group is LayerNorm on vectors. In an LFDN, Linear0 starts at zero. Without a
     ``time_width`` there is no embedding.
     """
 
@@ -38,7 +31,7 @@ class ResidualBlock(nn.Module):
         self.into = nn.Sequential(nn.GroupNorm(1, width), nn.SiLU(), nn.Linear(width, width))
         if time_width:
             self.time = nn.Sequential(nn.SiLU(), nn.Linear(time_width, width))
-        self.out = nn.Sequential(nn.GroupNorm(1, width), nn.SiLU(), zero(nn.Linear(width, width)))
+        self.out = nn.Sequential(nn.GroupNorm(1, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor | None = None) -> torch.Tensor:
         h = self.into(x)
@@ -69,8 +62,10 @@ class LFDN(nn.Module):
             self.time = nn.Sequential(*layers)
         time_width = features if timestep else 0
         self.blocks = nn.ModuleList(ResidualBlock(width, time_width) for _ in range(blocks))
-        last = zero(nn.Linear(width, features))
-        self.out = nn.Sequential(nn.GroupNorm(1, width), nn.SiLU(), last)
+        self.out = nn.Sequential(nn.GroupNorm(1, width), nn.SiLU(), nn.Linear(width, features))
+        for part in (*self.blocks, self):  # a block starts as the identity, the network at 0
+            nn.init.zeros_(part.out[-1].weight)
+            nn.init.zeros_(part.out[-1].bias)
 
     def forward(self, z_t: torch.Tensor, t: torch.Tensor | None = None) -> torch.Tensor:
         """Return the predicted z0, (N, c), of z_t, (N, c), at 0-based timesteps t, (N,)."""

@@ -5,7 +5,7 @@ or seed, the same images in all rows.
 """
 
 import numpy as np
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import roc_auc_score
 
 from dlsr.errors import UserError
 
@@ -27,20 +27,7 @@ def fpr95(id_scores: np.ndarray, ood_scores: np.ndarray) -> float:
     return float((ood_scores <= threshold).mean())
 
 
-def aupr_out(id_scores: np.ndarray, ood_scores: np.ndarray) -> float:
-    """Return the average precision with OOD as the positive class."""
-    id_scores, ood_scores = _checked(id_scores, ood_scores)
-    labels = np.repeat([0, 1], [len(id_scores), len(ood_scores)])
-    return float(average_precision_score(labels, np.concatenate([id_scores, ood_scores])))
-
-
-def aupr_in(id_scores: np.ndarray, ood_scores: np.ndarray) -> float:
-    """Return the average precision with ID as the positive class."""
-    id_scores, ood_scores = _checked(id_scores, ood_scores)
-    return aupr_out(-ood_scores, -id_scores)
-
-
-METRICS = {metric.__name__: metric for metric in (auroc, fpr95, aupr_in, aupr_out)}
+METRICS = {"auroc": auroc, "fpr95": fpr95}
 
 
 def bootstrap(
@@ -60,7 +47,7 @@ def bootstrap(
         ranked.append((order, *sides, on_id[order], on_ood))
     sizes = n_id, n_ood = len(on_id), len(on_ood)
     picks = [(np.random.default_rng([seed, i]), n) for i, n in enumerate(sizes)]
-    values = {name: np.empty((len(ranked), draws)) for name in ("auroc", "fpr95")}
+    values = {name: np.empty((len(ranked), draws)) for name in METRICS}
     for draw in range(draws):
         drawn = (np.bincount(pick.integers(n, size=n), minlength=n) for pick, n in picks)
         v, w = (times.astype(float) for times in drawn)
@@ -73,18 +60,10 @@ def bootstrap(
     return values
 
 
-def interval(values: np.ndarray, *, level: float = 0.95) -> tuple[float, float]:
-    """Return the percentile interval of bootstrap values."""
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
 def _checked(id_scores, ood_scores) -> tuple[np.ndarray, np.ndarray]:
     arrays = np.asarray(id_scores), np.asarray(ood_scores)
     for name, scores in zip(("ID", "OOD"), arrays, strict=True):
         if scores.ndim != 1 or not len(scores) or not np.isfinite(scores).all():
-            raise UserError(
-                f"{name} scores of shape {scores.shape} were given, empty or with NaN or infinite "
-                "ones; a list of finite numbers is needed."
-            )
+            told = f"{name} scores of shape {scores.shape} were given, empty or with NaN or"
+            raise UserError(f"{told} infinite ones; a list of finite numbers is needed.")
     return arrays

@@ -62,8 +62,7 @@ def comparison_table(both: pd.DataFrame, metric: str = "auroc", *, caption: str 
     sets = sorted(rows["ood"].unique(), key=lambda name: name == AVERAGE)
     table = rows.pivot(index="method", columns="ood", values="cell")
     table = table.loc[rows["method"].unique(), sets].reset_index()
-    titles = {name: set_title(name) for name in sets} | {AVERAGE: "mean"}
-    table.columns = ["", *(html.escape(titles[name]) for name in sets)]
+    table.columns = ["", *(html.escape(set_title(name)) for name in sets)]
     caption = caption or f"ID: {set_title(rows['id'].iloc[0])}. {NAMES[metric]}."
     shown = show_table(table, caption, classes="table comparison", escape=False)
     notes = {f"{set_title(k)}: {v}." for k, v in both.attrs.get("partial", {}).items() if v}
@@ -94,8 +93,7 @@ def comparison_figure(both: pd.DataFrame, *, title: str, methods: Sequence[str] 
     axis.hlines(y, error["ci_high"], error["ci_low"], colors=shade, lw=2)
     axis.scatter(error["value"], y, color=shade, s=26, zorder=3)
     axis.scatter(error["paper"], y, c="white", edgecolors=shade, marker="D", s=26, zorder=2)
-    titles = {name: set_title(name) for name in rows["ood"]} | {AVERAGE: "mean"}
-    axis.set(xscale="log", yticks=y, yticklabels=rows["method"] + ": " + rows["ood"].map(titles))
+    axis.set(xscale="log", yticks=y, yticklabels=rows["method"] + ": " + rows["ood"].map(set_title))
     axis.set_xlabel("100 % − AUROC (log scale; left is better)")
     axis.xaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter("{x:g}")

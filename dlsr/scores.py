@@ -19,8 +19,7 @@ def mse(z0: ndarray, reconstruction: ndarray) -> ndarray:
 
 def mse_by_layer(z0: ndarray, reconstruction: ndarray, channels: Sequence[int]) -> ndarray:
     """Return the mean squared error of each layer, (N, M)."""
-    layers = layer_slices(channels)
-    return np.stack([mse(z0[:, s], reconstruction[:, s]) for s in layers], axis=1)
+    return np.stack([mse(z0[:, s], reconstruction[:, s]) for s in layer_slices(channels)], axis=1)
 
 
 def mfsim(
@@ -37,9 +36,8 @@ def mfsim(
     if isinstance(layers, str):
         layers = {"all": every, "2..M": every[1:] or every}.get(layers, [layers])
     if not set(layers) <= set(every) or not len(layers):
-        raise UserError(
-            f"layers={[*layers]} was given; it is 'all', '2..M' or numbers from 1 to {len(every)}."
-        )
+        known = f"'all', '2..M' or numbers from 1 to {len(every)}"
+        raise UserError(f"layers={[*layers]} was given; it is {known}.")
     by_layer = mfsim_by_layer(z0, reconstruction, channels)
     return by_layer[:, [m - 1 for m in layers]].mean(axis=1)
 

@@ -41,7 +41,6 @@ class Networks:
     first: nn.Module
     losses: list[float]
     seconds: float
-    device: str
 
 
 def train(z0: np.ndarray, *, width: int = 1440, blocks: int = 16, **options: object) -> Networks:
@@ -83,28 +82,27 @@ def fit_network(
     of the moving average at each update; 0 keeps the network itself. ``seed`` fixes initial
     weights, batch order and noise. The state is kept in the cache every five epochs; a run that
     was cut off goes on from there, on a CPU with the identical result. The loss is computed in
-    the ``precision`` of `precision_of`, or in the one given. Raises `UserError` for settings that
-    make no sense, NaN in x, too few vectors, or a loss that is not finite.
+    ``precision``, by default that of `precision_of`. Raises `UserError` for settings that make no
+    sense, NaN in x, too few vectors, or a loss that is not finite.
     """
     x, device = np.ascontiguousarray(x, dtype=np.float32), pick_device(device)
     settings = {"epochs": epochs, "batch_size": batch_size, "seed": seed}
     settings |= {"lr": lr, "weight_decay": weight_decay}
     _check(x, settings)
     made_of = {"name": name, "size": dict(size), "x": array_sha256(x), "version": VERSION}
-    precision = precision or precision_of(device)
-    check_precision(precision, torch.device(device))
-    made_on = {"device": torch.device(device).type, "precision": precision}
+    made_on = {"device": torch.device(device).type, "precision": precision or precision_of(device)}
+    check_precision(made_on["precision"], torch.device(device))
     file = cache_folder() / "networks" / f"{key(**settings, **made_of, **made_on)}.safetensors"
     with locked(file):
         if not file.is_file():
-            how = (build, loss, decay, precision, device, name if progress else "")
+            how = (build, loss, decay, made_on["precision"], device, name if progress else "")
             _train_to(file, x, *how, **settings)
     about, tensors = read_tensors(file)
     with torch.random.fork_rng(devices=[]):  # the initial weights are replaced
         networks = nn.ModuleDict({"last": build(), "first": build()})
     networks.load_state_dict(tensors)
     networks.to(device).eval().requires_grad_(False)
-    return Networks(**networks, losses=about["losses"], seconds=about["seconds"], device=device)
+    return Networks(**networks, losses=about["losses"], seconds=about["seconds"])
 
 
 def precision_of(device: str | torch.device) -> str:
@@ -206,12 +204,11 @@ def _train_to(
 
 
 def _check(x: np.ndarray, settings: Mapping[str, float]) -> None:
-    if x.ndim != 2 or len(x) < settings["batch_size"]:
+    positive = min(settings[name] for name in ("epochs", "batch_size", "lr")) > 0
+    least = settings["batch_size"] if positive and x.ndim == 2 else np.inf
+    if len(x) < least or min(settings["weight_decay"], settings["seed"]) < 0:
         raise UserError(
-            f"Vectors of shape {x.shape} were given; training needs (images, features) and at "
-            f"least a batch of {settings['batch_size']}: give more or a smaller batch_size."
+            f"Vectors of shape {x.shape} and {settings} were given; training needs (images, "
+            "features), at least a batch, and settings above 0, or weight_decay and seed of 0."
         )
     check_finite(x)
-    positive = min(settings[name] for name in ("epochs", "batch_size", "lr")) > 0
-    if not positive or min(settings["weight_decay"], settings["seed"]) < 0:
-        raise UserError(f"{settings} was given; weight_decay and seed may be 0, the others not.")

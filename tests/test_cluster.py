@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 import torch
 from dlsr import cluster
+from dlsr.cli import main
 from dlsr.data import INPUT_SIZE
 from pyarrow import parquet
 
@@ -78,16 +79,14 @@ def test_killed_worker_costs_no_row_and_no_bit(two_cpus, fitted, tmp_path):
     np.testing.assert_array_equal(np.stack(found["z0"]), np.stack(truth["z0"]))
 
 
-def test_more_workers_than_cpus_write_the_scores_of_one_process(two_cpus, fitted, tmp_path):
+def test_more_workers_than_cpus_give_the_scores_of_one_process(two_cpus, fitted, tmp_path):
     folder, detector, truth = fitted
-    files, pack, target = sorted(folder.iterdir()), tmp_path / "pack", tmp_path / "scores.csv"
+    files, pack = sorted(folder.iterdir()), tmp_path / "pack"
     images = [{"bytes": file.read_bytes(), "path": str(file)} for file in files]
     pack.mkdir()
     table = pa.table({"image": images, "label": ["?"] * len(files)})
     parquet.write_table(table, pack / "0.parquet", row_group_size=50)
-    counts = cluster.score_to_file(pack, detector, target, workers=3, create=fake)
-    assert counts == {"unreadable": 1} | truth["verdict"].value_counts().to_dict()
-    rows = pd.read_csv(target, dtype={"score": np.float32})
+    rows = cluster.score_images(pack, detector, workers=3, create=fake).to_pandas()
     found = checked(rows, truth, folder / "007.png")
     np.testing.assert_array_equal(found["score"], truth["score"])
     assert found["verdict"].tolist() == truth["verdict"].tolist()
@@ -109,7 +108,7 @@ def checked(rows, truth, corrupt):
 
 
 def worker(encoder, *, size=8, detector=None):
-    return cluster._Worker("fake", lambda name: encoder, detector, (size, *INPUT_SIZE, 3), 1, 0)
+    return cluster._Worker("fake", lambda name: encoder, detector, size, 1, 0)
 
 
 def test_the_encoder_sees_full_batches_only():
@@ -164,7 +163,20 @@ def test_without_ray_one_sentence_says_what_to_install(fitted, monkeypatch):
 def test_a_worker_sets_its_number_of_threads():
     before = torch.get_num_threads()
     try:
-        cluster._Worker("fake", fake, None, (8, *INPUT_SIZE, 3), 3, 0)
+        cluster._Worker("fake", fake, None, 8, 3, 0)
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+
+
+def test_the_command_scores_on_ray(two_cpus, fitted, tmp_path, monkeypatch, capsys):
+    folder, detector, truth = fitted
+    target = tmp_path / "scores.csv"
+    command = ["score", str(detector), str(folder), "--engine", "ray"]
+    assert main(command) == 2
+    assert "--csv" in capsys.readouterr().err
+    monkeypatch.setattr(cluster, "score_images", partial(cluster.score_images, create=fake))
+    assert main([*command, "--csv", str(target)]) == 0
+    assert "1 images are unreadable" in capsys.readouterr().err
+    rows = pd.read_csv(target, dtype={"score": np.float32})
+    np.testing.assert_array_equal(checked(rows, truth, folder / "007.png")["score"], truth["score"])

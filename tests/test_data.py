@@ -15,7 +15,7 @@ import pytest
 import torch
 import torchvision.datasets
 from dlsr import data
-from dlsr.data import ImageSet, from_parquet, load_images, registry, resize, resize_chain
+from dlsr.data import ImageSet, from_parquet, load_images, registry, resize
 from dlsr.errors import UserError
 from dlsr.features import extract
 from PIL import Image
@@ -61,8 +61,6 @@ def test_a_folder_is_read_in_order_with_its_folders_as_labels(tmp_path):
     [
         (lambda: load_images("cifar11/test"), "'cifar11/test' is neither"),
         (lambda: load_images("given"), "2 files, none of them an image"),
-        (lambda: resize_chain("blurred", size=None), "native.*matched"),
-        (lambda: resize_chain("matched", size=CIFAR), "id_size=None"),
         (lambda: one_image(b"no image").image(0), r"the-name\.png"),
         (lambda: one_image(Path("gone.png")).image(0), r"the-name\.png.*gone"),
         (lambda: from_parquet(Path("given/no_image"), name=""), "no_image is not a readable"),
@@ -186,10 +184,6 @@ def test_hashes_are_kept_and_a_changed_file_is_noticed(kind, tmp_path, monkeypat
 
 
 def test_resizing_goes_step_by_step_as_height_and_width_and_averages_all_pixels():
-    assert resize_chain("native", size=None) == (FULL,)
-    assert resize_chain("matched", size=CIFAR, id_size=CIFAR) == (FULL,)
-    assert resize_chain("matched", size=(64, 64), id_size=CIFAR) == (CIFAR, FULL)
-    assert resize_chain("matched", size=None, id_size=(54, 44)) == ((54, 44), FULL)
     image = Image.fromarray(random_pixels(1, size=(40, 30))[0])
     small = image.resize((4, 8), Image.Resampling.BOX)
     twice = small.resize((224, 224), Image.Resampling.BILINEAR)
@@ -312,7 +306,7 @@ def test_a_set_of_torchvision_is_asked_for_until_it_is_whole(register, monkeypat
         images = load_images("cifar10/train")
         assert (images.labels, images.size) == (["1", "0", "1"], (6, 5))
         assert np.array_equal(pixels_of(images), random_pixels(3))
-    place = tmp_path / "cache" / "torchvision"
+    place = tmp_path / "cache" / "torchvision" / "cifar10"
     assert FakeCIFAR10.asked == [(place, True, download) for download in (True, True, False)]
 
 

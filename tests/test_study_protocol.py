@@ -4,6 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from dlsr.data import ImageSet, load_images, registry
+from dlsr.errors import UserError
 from dlsr.features import extract
 from dlsr.study import protocol as module
 from dlsr.study.protocol import (
@@ -17,10 +18,11 @@ from dlsr.study.protocol import (
     pick,
     split,
     standardiser,
+    take,
 )
 from PIL import Image
 
-from conftest import FakeEncoder, encoded, image_set
+from conftest import FakeEncoder, encoded, image_set, one_sentence, write_folder
 
 ID_SIZE, LARGE = (8, 8), (20, 30)
 NEAR = OODSet("demo", "near", "near", "digits_8_9/test", "near", "development")
@@ -183,6 +185,22 @@ def test_controls_alter_the_same_pick_of_id_images(sets):
     fitted = data.altered("fit", "half")
     rows = pick(data.split["fit"], 6)
     assert list(fitted.images.ids) == [f"image{i}" for i in rows]
+
+
+def test_take_of_a_skipped_row_raises_instead_of_returning_its_neighbour(tmp_path):
+    folder = write_folder(tmp_path / "photos")
+    for name in ("001.png", "004.png"):
+        (folder / name).write_bytes((folder / name).read_bytes()[:40])
+    found = extract(folder, FakeEncoder(), on_error="skip", progress=False)
+    part = take(found, [5, 2])
+    assert list(part.images.ids) == ["005.png", "002.png"]
+    assert np.array_equal(part.values, found.values[[3, 1]])
+    assert np.array_equal(np.asarray(part.images.image(0)), np.asarray(found.images.image(3)))
+    assert take(part, [1]).images.ids == ["002.png"]  # counted anew
+    for rows in ([1], [2, 4], [6], [-1]):
+        with pytest.raises(UserError, match="skipped") as error:
+            take(found, rows)
+        one_sentence(error)
 
 
 def test_the_parts_of_the_id_set(sets):

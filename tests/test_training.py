@@ -210,7 +210,7 @@ def test_a_killed_training_goes_on_to_the_identical_networks(tmp_path, losses, m
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"batch_size": 31}, r"\(30, 8\).*a batch of 31"),
+        ({"batch_size": 31}, r"\(30, 8\).*: 31.*at least a batch"),
         ({"z0": np.vstack([Z0, np.full((2, 8), np.nan)])}, "2 of 32"),
         ({"z0": Z0[0]}, r"shape \(8,\)"),
         *(({name: 0}, f"'{name}': 0") for name in ("epochs", "batch_size", "lr")),

@@ -16,6 +16,7 @@ import numpy as np
 
 from dlsr.data import INPUT_SIZE, ImageSet, load_images
 from dlsr.encoders import create_encoder
+from dlsr.errors import UserError
 from dlsr.features import Features, extract
 
 RESOLUTIONS = ("native", "matched", "bicubic", "box")  # matched is bilinear
@@ -141,7 +142,7 @@ class Data:
         """Return ID features: ``fit``, ``calibration``, ``development`` or ``test``."""
         if part == "test":
             return self._extract(self.id_images[self.protocol.id_test])
-        return self._extract(self.id_images[self.protocol.id_train]).take(self.split[part])
+        return take(self._extract(self.id_images[self.protocol.id_train]), self.split[part])
 
     def ood(self, ood: OODSet, resolution: str) -> Features:
         """Return the features of an OOD set in one of `RESOLUTIONS`; see `ood_images`."""
@@ -184,6 +185,18 @@ class Data:
 
     def _extract(self, images: ImageSet, steps=()) -> Features:
         return extract(images, self.encoder, chain=(*steps, INPUT_SIZE))
+
+
+def take(features: Features, rows: np.ndarray) -> Features:
+    """Return the features of the given rows of the set that was asked for, in that order.
+
+    Raises `UserError` if one of these images was skipped as unreadable.
+    """
+    at, missing = np.searchsorted(features.rows, rows), ~np.isin(rows, features.rows)
+    if missing.any():
+        raise UserError(f"{missing.sum()} of these rows were skipped as unreadable; omit them.")
+    values, images = features.values[at], features.images.take(at)
+    return replace(features, values=values, rows=np.arange(len(at)), images=images)
 
 
 def standardiser(features: Features):

@@ -24,7 +24,6 @@ from dlsr.study.protocol import PROTOCOLS, Protocol, overlaps
 
 METHOD = ["features", "name", "title", "kind"]
 MEANS = ("near", "far", "all")  # unweighted, over the report sets
-REPORTED = ("auroc", "fpr95")
 NORMAL_975 = 1.959964  # the normal distribution's 97.5 % quantile
 FUSED, NO_NETWORK = "kNN + Gaussian + MSE (fused)", "kNN + Gaussian (no network)"
 OLD_VALUES = {  # committed results have older names, which `_renamed` alone maps
@@ -167,11 +166,10 @@ def resample(scores: Scores, resolution: str) -> tuple[pd.DataFrame, np.ndarray,
             ood[name] = ood[one.name][:, others]
             places.append([name, one.group, "no overlap", others.sum()])
     drawn = [bootstrap(on_id, values, draws=scores.protocol.draws) for values in ood.values()]
-    draws = np.stack([np.stack([of[name] for of in drawn], axis=1) for name in REPORTED])
+    draws = np.stack([np.stack([of[name] for of in drawn], axis=1) for name in METRICS])
     pairs = [[*zip(on_id, values, strict=True)] for values in ood.values()]
-    metrics = [METRICS[name] for name in REPORTED]
-    values = np.array([[[metric(*pair) for pair in one] for one in pairs] for metric in metrics])
-    values = values.swapaxes(1, 2)
+    values = [[[of(*pair) for pair in one] for one in pairs] for of in METRICS.values()]
+    values = np.swapaxes(values, 1, 2)
     for mean in MEANS:
         over = [i for i, s in enumerate(sets) if s.stage == "report" and mean in (s.group, "all")]
         places.append([mean, mean, "mean", sum(places[i][3] for i in over)])
@@ -186,7 +184,7 @@ def same_features(scores: Scores, resolution: str, drawn: tuple | None = None) -
     ``drawn`` is what `resample` returned before, to save its time.
     """
     places, values, draws = drawn or resample(scores, resolution)
-    metrics = pd.DataFrame({"metric": REPORTED})
+    metrics = pd.DataFrame({"metric": [*METRICS]})
     table = scores.methods.merge(metrics, how="cross").merge(places, how="cross")
     by_method = (x.swapaxes(0, 1) for x in (values, *_ends(draws)))
     about = {"encoder": scores.protocol.encoder, "resolution": resolution}
