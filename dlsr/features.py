@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -146,14 +147,16 @@ def _extracted(backend, images, chain, encoder, precision, device, batch_size, p
             size = batch_size or backends.BATCH.get(device.type, 16)
             options = {"precision": precision, "device": device, "batch_size": size}
             run = backends.prepare(encoder, backend, **options)
-            _extract_to(file, images, chain, run, size, sum(encoder.channels), progress)
+            ahead = 0 if device.type == "cpu" else 2  # on a CPU reading would slow the encoder
+            batches = partial(read_batches, images, chain, size, ahead=ahead)
+            _extract_to(file, images, batches, run, sum(encoder.channels), progress)
     try:
         return np.load(file, mmap_mode="r")
     except (OSError, ValueError) as error:
         raise UserError(f"The features {file} are damaged ({error}); delete them.") from error
 
 
-def _extract_to(file, images, chain, run, size, width, progress) -> None:
+def _extract_to(file, images, batches, run, width, progress) -> None:
     """Fill an array on disk batch by batch, and move it into place.
 
     It starts as NaN, so that a run that was cut off shows how far it came; rows of unreadable
@@ -165,7 +168,7 @@ def _extract_to(file, images, chain, run, size, width, progress) -> None:
     values = np.memmap(draft, np.float32, "r+", shape=shape)
     done = int(np.isnan(np.append(values[:, -1, -1], np.nan)).argmax())
     with tqdm(initial=done, total=len(images), unit="image", disable=not progress) as bar:
-        for rows, pixels in read_batches(images, chain, size, first=done):
+        for rows, pixels in batches(first=done):
             found = np.full((len(rows), *shape[1:]), np.inf, np.float32)
             readable = [i for i, image in enumerate(pixels) if image is not None]
             if readable:
@@ -179,11 +182,11 @@ def _extract_to(file, images, chain, run, size, width, progress) -> None:
 
 
 def read_batches(
-    images: ImageSet, chain: Sequence[tuple], size: int, *, first: int = 0
+    images: ImageSet, chain: Sequence[tuple], size: int, *, first: int = 0, ahead: int = 0
 ) -> Iterator[tuple[range, list[np.ndarray | None]]]:
     """Yield the rows and the resized pixels of ``size`` images after the other, read by all cores.
 
-    An image that cannot be read is None. Two batches are read ahead.
+    An image that cannot be read is None. ``ahead`` batches are read while others are used.
     """
 
     def read(i: int, content: object) -> np.ndarray | None:
@@ -196,7 +199,7 @@ def read_batches(
             rows = range(start, min(start + size, len(images)))
             contents = [images.source[i] for i in rows]  # a pack is read here, in its order
             waiting.append((rows, pool.map(read, rows, contents)))
-            if len(waiting) > 2:
+            if len(waiting) > ahead:
                 rows, pixels = waiting.popleft()
                 yield rows, list(pixels)
         for rows, pixels in waiting:

@@ -31,7 +31,7 @@ FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 @pytest.mark.parametrize(
-    ("files", "limit"), [("dlsr/*.py", 2250), ("dlsr/study/*.py", 1000), ("tests/*.py", 4900)]
+    ("files", "limit"), [("dlsr/*.py", 2280), ("dlsr/study/*.py", 1000), ("tests/*.py", 4900)]
 )
 def test_the_files_are_short(files, limit):
     lines = {file.name: file.read_text("utf-8").count("\n") for file in ROOT.glob(files)}
