@@ -2,10 +2,11 @@
 
     python benchmarks/memory.py [--quick]
 
-``extract`` reads a Parquet file of small images and encodes them with EfficientNet-Lite0 in bfloat16. ``train
-and score`` trains a small LFDN for an epoch on synthetic vectors, fits a Gaussian, and scores all
-vectors by both. Each runs in a process of its own, whose largest resident memory is noted; the
-features themselves, which lie on disk and are mapped, are subtracted. It takes about ten minutes.
+``extract`` reads a Parquet file of small images and encodes them with EfficientNet-Lite0 in
+bfloat16. ``train and score`` trains a small LFDN for an epoch on synthetic vectors, fits a
+Gaussian, and scores all vectors by both. Each runs in a process of its own, whose largest resident
+memory is noted; the features themselves, which lie on disk and are mapped, are subtracted. It
+takes about ten minutes.
 """
 
 import argparse
