@@ -2,7 +2,8 @@
 # make book      executes every page and builds the book
 # make results PROFILE=pack [ITEM=08_near_ood] [OPTIONS="-p seeds 1"]
 #                measures; the only writer of results/
-# make bench     measures speed, bench-memory growth, prove the workers of Ray; each writes benchmarks/
+# make bench     measures speed; bench-memory, bench-precision and prove (Ray) what their names say;
+#                each writes into benchmarks/
 # All make .venv first, with the versions of requirements.lock. make LOCK= takes the newest versions
 # that pyproject.toml allows instead, make EXTRAS=fast,ray the optional packages too. Nothing is
 # redone that is not out of date.
@@ -23,7 +24,7 @@ ifeq ($(PROFILE)$(filter results,$(MAKECMDGOALS)),results)
 $(error Say which profile: make results PROFILE=pack)
 endif
 .DELETE_ON_ERROR:
-.PHONY: book test results pages bench bench-memory prove clean
+.PHONY: book test results pages bench bench-memory bench-precision prove clean
 
 book: $(VENV)/installed
 	@$(MAKE) --no-print-directory -j2 pages
@@ -40,6 +41,9 @@ results: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/reduced.py
+
+bench-precision: $(VENV)/installed
 	$(BIN)/python benchmarks/precision.py
 
 bench-memory: $(VENV)/installed
