@@ -17,7 +17,7 @@ CODE := $(shell find dlsr -type f -not -path '*/__pycache__/*')
 RESULTS := $(shell find results -type f) $(wildcard benchmarks/*.csv benchmarks/*.log)
 TEXT := $(shell find book -type f -not -path '*/__pycache__/*' -not -path 'book/notebooks/*')
 BOOK := _build/html/index.html
-OLDEST := $(if $(LOCK),11,10)
+OLDEST := $(if $(LOCK),3.11.4,3.10.12)
 # threads that wait for work leave the cores to the page beside
 export OMP_WAIT_POLICY := PASSIVE
 ifeq ($(PROFILE)$(filter results,$(MAKECMDGOALS)),results)
@@ -55,8 +55,8 @@ prove: $(VENV)/installed
 pages: $(PAGES)
 
 $(VENV)/installed: pyproject.toml $(LOCK)
-	@$(PYTHON) -c 'import sys; sys.exit("Python 3.$(OLDEST) or newer is needed; run: make PYTHON=python3.12" \
-	  if sys.version_info < (3, $(OLDEST)) else 0)'
+	@$(PYTHON) -c 'import sys; sys.exit("Python $(OLDEST) or newer is needed; run: make PYTHON=python3.12" \
+	  if sys.version_info < tuple(map(int, "$(OLDEST)".split("."))) else 0)'
 	$(PYTHON) -m venv $(VENV)
 ifeq ($(LOCK),)
 	$(BIN)/python -m pip install --editable ".[test]"

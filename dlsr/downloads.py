@@ -46,7 +46,8 @@ def unpacked_archive(data: Path, url: str, md5: str) -> Path:
         draft = target.with_suffix(".partial")
         shutil.rmtree(draft, ignore_errors=True)
         try:  # "data" refuses links, devices and paths that lead outside; ZIP files need no filter
-            shutil.unpack_archive(archive, draft, filter=None if name.endswith(".zip") else "data")
+            options = {} if name.endswith(".zip") else {"filter": "data"}
+            shutil.unpack_archive(archive, draft, **options)
         except Exception as error:  # the unpackers raise almost anything
             raise UserError(f"{archive} was not unpacked ({error}); download it again.") from error
         for file in draft.rglob("*"):  # notMNIST has two empty files

@@ -79,14 +79,22 @@ def test_killed_worker_costs_no_row_and_no_bit(two_cpus, fitted, tmp_path):
     np.testing.assert_array_equal(np.stack(found["z0"]), np.stack(truth["z0"]))
 
 
-def test_more_workers_than_cpus_give_the_scores_of_one_process(two_cpus, fitted, tmp_path):
+def test_more_workers_than_cpus_write_the_scores_of_one_process(
+    two_cpus, fitted, tmp_path, monkeypatch, capsys
+):
     folder, detector, truth = fitted
-    files, pack = sorted(folder.iterdir()), tmp_path / "pack"
+    files, pack, target = sorted(folder.iterdir()), tmp_path / "pack", tmp_path / "scores.csv"
     images = [{"bytes": file.read_bytes(), "path": str(file)} for file in files]
     pack.mkdir()
     table = pa.table({"image": images, "label": ["?"] * len(files)})
     parquet.write_table(table, pack / "0.parquet", row_group_size=50)
-    rows = cluster.score_images(pack, detector, workers=3, create=fake).to_pandas()
+    monkeypatch.setattr(cluster, "score_images", partial(cluster.score_images, create=fake))
+    command = ["score", str(detector), str(pack), "--engine", "ray", "--workers", "3"]
+    assert main(command) == 2
+    assert "--csv" in capsys.readouterr().err
+    assert main([*command, "--csv", str(target)]) == 0
+    assert "1 images are unreadable" in capsys.readouterr().err
+    rows = pd.read_csv(target, dtype={"score": np.float32})
     found = checked(rows, truth, folder / "007.png")
     np.testing.assert_array_equal(found["score"], truth["score"])
     assert found["verdict"].tolist() == truth["verdict"].tolist()
@@ -167,16 +175,3 @@ def test_a_worker_sets_its_number_of_threads():
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
-
-
-def test_the_command_scores_on_ray(two_cpus, fitted, tmp_path, monkeypatch, capsys):
-    folder, detector, truth = fitted
-    target = tmp_path / "scores.csv"
-    command = ["score", str(detector), str(folder), "--engine", "ray"]
-    assert main(command) == 2
-    assert "--csv" in capsys.readouterr().err
-    monkeypatch.setattr(cluster, "score_images", partial(cluster.score_images, create=fake))
-    assert main([*command, "--csv", str(target)]) == 0
-    assert "1 images are unreadable" in capsys.readouterr().err
-    rows = pd.read_csv(target, dtype={"score": np.float32})
-    np.testing.assert_array_equal(checked(rows, truth, folder / "007.png")["score"], truth["score"])

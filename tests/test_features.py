@@ -159,7 +159,8 @@ from dlsr.features import extract
 def run(name, cache, after):
     os.environ["DLSR_CACHE"] = cache
     encoder = FakeEncoder(after=after, stop=lambda: os.kill(os.getpid(), signal.SIGKILL))
-    found = extract(image_set(1100, size=(4, 4)), encoder, progress=False)
+    images = image_set(1100, size=(4, 4))
+    found = extract(images, encoder, backend="torch", progress=False)
     np.save(name, np.append(np.ravel(found.values), encoder.images))
 
 processes = []
@@ -185,7 +186,8 @@ def resumed_or_read(cache, monkeypatch):
     """Return the values of the processes' set by this cache, and how many images it lacked."""
     monkeypatch.setenv("DLSR_CACHE", str(cache))
     encoder = FakeEncoder()
-    return quiet(image_set(1100, size=(4, 4)), encoder).values, encoder.images
+    images = image_set(1100, size=(4, 4))
+    return quiet(images, encoder, backend="torch").values, encoder.images
 
 
 def test_two_processes_may_extract_one_set_at_the_same_time(extracted, tmp_path, monkeypatch):
