@@ -144,7 +144,9 @@ def part_real(folder: Path) -> None:
     about = {"encoder": ENCODER, "weights_sha256": encoder.weights_sha256}
     detector, truth, rate = one_process(file, encoder, about)
     threads = torch.get_num_threads()
-    say(f"one process, {threads} threads, {ENCODER}, batches of {BATCH["cpu"]}: {rate:.1f} images/s")
+    say(
+        f"one process, {threads} threads, {ENCODER}, batches of {BATCH['cpu']}: {rate:.1f} images/s"
+    )
     start_ray()
     for workers in (2, 3):
         start, first, blocks = time.perf_counter(), None, []
