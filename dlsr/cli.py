@@ -54,10 +54,10 @@ def _fit(options: argparse.Namespace) -> None:
 
 
 def _score(options: argparse.Namespace) -> None:
-    import pandas as pd
-
     if options.engine == "ray":
         return _score_by_ray(options)
+    import pandas as pd
+
     detector = dlsr.DLSRDetector.load(options.detector)
     if not {"encoder", "weights_sha256"} <= set(detector.about_):
         raise UserError(f"{options.detector} does not say its encoder; fit it by `dlsr fit`.")
@@ -77,11 +77,11 @@ def _score(options: argparse.Namespace) -> None:
 
 def _score_by_ray(options: argparse.Namespace) -> None:
     """Write the scores block by block, as they come, in any order."""
+    if not options.target:
+        raise UserError("--engine ray was given without --csv FILE; name the file to write.")
     from dlsr.cluster import score_images, start_ray
     from dlsr.data import data_folder
 
-    if not options.target:
-        raise UserError("--engine ray was given without --csv FILE; name the file to write.")
     ray, counts = start_ray(), Counter()
     ray.data.DataContext.get_current().enable_progress_bars = False
     pack = data_folder() / f"{options.images}.parquet"
