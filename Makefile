@@ -12,12 +12,13 @@ VENV ?= .venv
 LOCK ?= requirements.lock
 EXTRAS ?=
 BIN := $(VENV)/bin
-PAGES := $(patsubst notebooks/%,book/notebooks/%,$(wildcard notebooks/*.ipynb))
+# the pages of the book; the others stay for the profile paper
+PAGES := $(shell sed -n 's|.*file: \(notebooks/.*\)|book/\1.ipynb|p' book/_toc.yml)
 CODE := $(shell find dlsr -type f -not -path '*/__pycache__/*')
 RESULTS := $(shell find results -type f) $(wildcard benchmarks/*.csv benchmarks/*.log)
 TEXT := $(shell find book -type f -not -path '*/__pycache__/*' -not -path 'book/notebooks/*')
 BOOK := _build/html/index.html
-OLDEST := $(if $(LOCK),3.11.4,3.10.12)
+OLDEST := $(if $(LOCK),3.11,3.10)
 # threads that wait for work leave the cores to the page beside
 export OMP_WAIT_POLICY := PASSIVE
 ifeq ($(PROFILE)$(filter results,$(MAKECMDGOALS)),results)

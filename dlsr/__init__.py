@@ -26,7 +26,7 @@ metrics: auroc fpr95 bootstrap
 baselines: fit_knn fit_gaussian
 detector: DLSRDetector
 evaluation: settings score_sets evaluate beside_paper paper_values read_scores save_results origin
-plots: show_table comparison_table comparison_figure
+plots: show_table comparison_table
 """
 _ROWS = (row.split(": ") for row in _MODULES.strip().splitlines())
 _WHERE = {name: module for module, names in _ROWS for name in names.split()}

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import torchvision
 from torch.utils.data import ConcatDataset
-from torchvision.datasets.utils import check_md5, download_url
+from torchvision.datasets.utils import download_and_extract_archive
 
 from dlsr.cache import cache_folder, locked
-from dlsr.errors import UserError
 
 
 def torchvision_set(name: str, kind: str, calls: Sequence[dict]) -> ConcatDataset:
@@ -29,29 +28,18 @@ def torchvision_set(name: str, kind: str, calls: Sequence[dict]) -> ConcatDatase
 def unpacked_archive(data: Path, url: str, md5: str) -> Path:
     """Return the folder in the cache with what an archive holds; it is unpacked once.
 
-    The archive is in ``downloads`` in the folder ``data``, or else downloaded. Links, devices and
-    paths that lead outside are refused, and empty files left out. Raises `UserError` for a wrong
-    checksum or a damaged archive, and `OSError` or `RuntimeError` where the download fails.
+    The archive is in ``downloads`` in the folder ``data``, or else downloaded. Its md5 pins what it
+    holds; empty files are left out. torchvision raises many errors, also for a wrong checksum.
     """
     name, target = Path(url.split("?")[0]).name, cache_folder() / "data" / md5
     with locked(target):
-        if target.is_dir():
-            return target
-        archive = data / "downloads" / name
-        if not archive.is_file():
-            archive = cache_folder() / "downloads" / name
-            download_url(url, archive.parent, name, md5)
-        if not check_md5(archive, md5):
-            raise UserError(f"{archive} has not the md5 {md5}; get it again from {url}.")
-        draft = target.with_suffix(".partial")
-        shutil.rmtree(draft, ignore_errors=True)
-        try:  # "data" refuses links, devices and paths that lead outside; ZIP files need no filter
-            options = {} if name.endswith(".zip") else {"filter": "data"}
-            shutil.unpack_archive(archive, draft, **options)
-        except Exception as error:  # the unpackers raise almost anything
-            raise UserError(f"{archive} was not unpacked ({error}); download it again.") from error
-        for file in draft.rglob("*"):  # notMNIST has two empty files
-            if file.is_file() and not file.stat().st_size:
-                file.unlink()
-        draft.rename(target)
+        if not target.is_dir():
+            given, draft = data / "downloads", target.with_suffix(".partial")
+            shutil.rmtree(draft, ignore_errors=True)
+            place = given if (given / name).is_file() else cache_folder() / "downloads"
+            download_and_extract_archive(url, place, draft, name, md5)
+            for file in draft.rglob("*"):  # notMNIST has two empty files
+                if file.is_file() and not file.stat().st_size:
+                    file.unlink()
+            draft.rename(target)
     return target

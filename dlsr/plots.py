@@ -1,19 +1,21 @@
 """Tables and the figures that several pages share, in one style; a page draws its own others."""
 
 import html
-from collections.abc import Sequence
+from itertools import product
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from IPython.display import HTML
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.scale import FuncScale
 
 from dlsr.data import set_title
 from dlsr.evaluation import AVERAGE
 
-WIDTH = 6.4  # inches; text of 9 points is then readable on a phone
+WIDTH = 5.0  # inches; text of 8 points is then readable on a phone
 NAMES = {"auroc": "AUROC, %, higher is better", "fpr95": "FPR95, %, lower is better"}
 _P = sns.color_palette("colorblind")
 COLOURS = {  # one colour a method, through the whole book
@@ -47,55 +49,46 @@ def show_table(table: pd.DataFrame, caption: str = "", **options) -> HTML:
     """Return a table as HTML without its index, numbers with one decimal, with pandas' options."""
     options = {"classes": "table", "float_format": "{:.1f}".format} | options
     options |= {"index": False, "border": 0, "na_rep": "–", "justify": "left"}
-    text = table.rename_axis(columns=None).to_html(**options)
+    text = table.rename_axis(columns=[None] * table.columns.nlevels).to_html(**options)
     above = f"<p class='caption'>{html.escape(caption)}</p>" if caption else ""
     return HTML(f"<div class='table-box'>{above}{text}</div>")
 
 
 def comparison_table(both: pd.DataFrame, metric: str = "auroc", *, caption: str = "") -> HTML:
-    """Return methods by OOD sets: the measured value and its interval, the paper's, the difference.
+    """Return methods and OOD sets: the measured value over its interval, beside it the paper's.
 
-    ``both`` is what `evaluation.beside_paper` returns. Notes below say which sets are not whole.
+    ``both`` is what `evaluation.beside_paper` returns; the best of each set is bold. The fewer of
+    methods and sets are the columns. Notes below say which sets are not whole.
     """
-    rows = both[(both["metric"] == metric) & (both["versus"] == "")]
-    rows = rows.assign(cell=rows.apply(_cell, axis=1), method=rows["method"].map(html.escape))
-    sets = sorted(rows["ood"].unique(), key=lambda name: name == AVERAGE)
-    table = rows.pivot(index="method", columns="ood", values="cell")
-    table = table.loc[rows["method"].unique(), sets].reset_index()
-    table.columns = ["", *(html.escape(set_title(name)) for name in sets)]
+    rows = both[(both["metric"] == metric) & (both["versus"] == "")].round(1)
+    best = rows.groupby("ood")["value"].transform("max" if metric == "auroc" else "min")
+    rows = rows.assign(best=rows["value"] == best, paper=rows.get("paper"))
+    rows["here"] = rows.apply(_cell, axis=1)
+    rows["ood"] = pd.Categorical(rows["ood"], sorted(rows["ood"].unique(), key=AVERAGE.__eq__))
+    rows = rows.sort_values("ood", kind="stable")
+    names = {"method": html.escape, "ood": lambda name: html.escape(set_title(name))}
+    for column, shown in names.items():
+        rows[column] = rows[column].astype(str).map(shown)
+    down, across = sorted(names, key=lambda column: -rows[column].nunique())
+    table = rows.pivot(index=down, columns=across, values=["here", "paper"]).swaplevel(axis=1)
+    table = table[list(product(rows[across].unique(), ["here", "paper"]))].dropna(axis=1, how="all")
+    table = table.loc[rows[down].unique()].reset_index()
     caption = caption or f"ID: {set_title(rows['id'].iloc[0])}. {NAMES[metric]}."
-    shown = show_table(table, caption, classes="table comparison", escape=False)
+    shown = show_table(table.rename(columns={down: ""}), caption, escape=False)
     notes = {f"{set_title(k)}: {v}." for k, v in both.attrs.get("partial", {}).items() if v}
     below = f"Not the whole sets: {html.escape(' '.join(sorted(notes)))}"
     return HTML(shown.data + f"<p class='notes'>{below}</p>") if notes else shown
 
 
 def _cell(row: pd.Series) -> str:
-    text = "<b>{value:.1f}</b> <span class='beside'>[{ci_low:.1f}, {ci_high:.1f}]"
-    text += "<br>paper {paper:.1f}" if pd.notna(row.get("paper")) else ""
-    text += ", {difference:+.1f}" if pd.notna(row.get("difference")) else ""
-    tenths = {k: round(v, 1) + 0.0 for k, v in row.items() if isinstance(v, float)}  # no -0.0
-    return text.format(**tenths) + "</span>"
+    value = f"<b>{row['value']:.1f}</b>" if row["best"] else f"{row['value']:.1f}"
+    return f"{value}<span class='interval'>{row['ci_low']:.1f} to {row['ci_high']:.1f}</span>"
 
 
-def comparison_figure(both: pd.DataFrame, *, title: str, methods: Sequence[str] = ()) -> Figure:
-    """Draw how far each AUROC is from 100 %: dots measured, with intervals, diamonds the paper's.
-
-    The axis is logarithmic, so that values near 100 % can be told apart; 0.01 and less is drawn at
-    0.01.
-    """
-    rows = both[(both["metric"] == "auroc") & (both["versus"] == "")]
-    chosen = list(methods or rows["method"].unique())
-    rows = pd.concat([rows[rows["method"] == method] for method in chosen], ignore_index=True)
-    drawn, axes = figure(0.9 + 0.2 * len(rows))
-    axis, y, shade = axes[0][0], -np.arange(len(rows)), rows["method"].map(colour)
-    error = np.maximum(100 - rows.reindex(columns=["value", "ci_low", "ci_high", "paper"]), 0.01)
-    axis.hlines(y, error["ci_high"], error["ci_low"], colors=shade, lw=2)
-    axis.scatter(error["value"], y, color=shade, s=26, zorder=3)
-    axis.scatter(error["paper"], y, c="white", edgecolors=shade, marker="D", s=26, zorder=2)
-    axis.set(xscale="log", yticks=y, yticklabels=rows["method"] + ": " + rows["ood"].map(set_title))
-    axis.set_xlabel("100 % − AUROC (log scale; left is better)")
-    axis.xaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.minorticks_off()
-    return finish(drawn, title)
+def auroc_scale(axis: Axes, *, low: float = 50.0, which: str = "x") -> None:
+    """Make an axis of AUROCs in percent logarithmic in 100 - AUROC, from ``low`` to 99.95."""
+    near_100 = (lambda v: -np.log10(np.maximum(100.05 - v, 1e-9)), lambda u: 100.05 - 10.0**-u)
+    ticks = [tick for tick in (0, 50, 70, 80, 90, 95, 98, 99, 99.5, 99.9) if tick >= low]
+    axis.set(**{f"{which}scale": FuncScale(axis, near_100), f"{which}lim": (low, 100)})
+    axis.set(**{f"{which}ticks": ticks, f"{which}ticklabels": [f"{tick:g}" for tick in ticks]})
+    axis.set(**{f"{which}label": "AUROC, %"})
