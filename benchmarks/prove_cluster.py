@@ -100,7 +100,7 @@ def one_process(file: Path, encoder, about: dict) -> tuple[Path, pd.DataFrame, f
     detector = dlsr.DLSRDetector(features.channels).fit(features.z0()[::2])
     detector.save(file.with_suffix(".detector"), about=about)
     scores = detector.ood_score(features.z0())
-    verdicts = np.where(scores.astype(float) > detector.threshold_, "OOD", "ID")
+    verdicts = np.where(detector.predict(features.z0()) == -1, "OOD", "ID")
     truth = pd.DataFrame({"score": scores, "verdict": verdicts}, list(features.images.ids))
     return file.with_suffix(".detector"), truth, rate
 

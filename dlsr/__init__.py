@@ -24,6 +24,7 @@ training: train fit_network diffusion_loss
 scores: mse lr mfsim mse_by_layer mfsim_by_layer
 metrics: auroc fpr95 bootstrap
 baselines: fit_knn fit_gaussian
+conformal: benjamini_hochberg cross_conformal stream_alarm stream_p_values
 detector: DLSRDetector
 evaluation: settings score_sets evaluate beside_paper paper_values read_scores save_results origin
 plots: show_table comparison_table

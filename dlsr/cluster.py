@@ -15,18 +15,18 @@ from dlsr.detector import DLSRDetector
 from dlsr.errors import UserError
 
 
-def score_images(source, detector: str | Path, **options):
-    """Return a lazy Ray dataset of ``path``, ``score``, ``verdict`` and ``reason``, in any order.
+def score_images(source, detector: str | Path, *, flag_rate: float | None = None, **options):
+    """Return a lazy Ray dataset of path, score, p_value, verdict and reason, in any order.
 
     ``source`` is a folder of images or of Parquet with ``image``, a struct of bytes and path; such
     a file or address; or a Ray dataset with ``image``, or with ``path`` and ``bytes``. An image
-    that cannot be read is ``unreadable`` and has a reason. Each of the ``workers`` has ``gpus``
-    GPUs and an encoder, ``create(name)``.
+    that cannot be read is ``unreadable`` and has a reason; one with a p-value of at most
+    ``flag_rate``, by default the detector's, is ``OOD``. Each of the ``workers`` has ``gpus`` GPUs
+    and an encoder, ``create(name)``; an image may have ``max_pixels``, 0 means Pillow's limit.
     """
     loaded = DLSRDetector.load(detector, device="cpu")  # there it computes on GPU workers as well
-    if not {"encoder", "weights_sha256"} <= set(loaded.about_):
-        raise UserError(f"{detector} does not say its encoder; fit it by `dlsr fit`.")
-    return extract_images(source, loaded.about_["encoder"], detector=loaded, **options)
+    loaded.settings_["flag_rate"] = flag_rate or loaded.settings_["flag_rate"]
+    return extract_images(source, loaded.encoder_name(), detector=loaded, **options)
 
 
 def start_ray():
@@ -40,7 +40,9 @@ def start_ray():
     return ray
 
 
-def extract_images(source, name, *, workers=1, gpus=0, batch_size=16, create=None, detector=None):
+def extract_images(
+    source, name, *, workers=1, gpus=0, batch_size=16, create=None, detector=None, max_pixels=0
+):
     """Return a lazy Ray dataset of ``path``, ``reason`` and ``z0`` of the encoder ``name``."""
     ray = start_ray()
     if not isinstance(source, ray.data.Dataset):
@@ -59,12 +61,14 @@ def extract_images(source, name, *, workers=1, gpus=0, batch_size=16, create=Non
     made_of = (name, create or encoders.create_encoder, detector, batch_size)
     options["fn_constructor_args"] = (*made_of, int(cpus // workers), gpus)
     reading = {"batch_size": batch_size, "batch_format": "pyarrow", "num_cpus": 0.43}
-    pixels = source.map_batches(_pixels, **reading)
+    pixels = source.map_batches(_pixels, fn_kwargs={"max_pixels": max_pixels}, **reading)
     pixels.context.target_max_block_size = 4 * batch_size * 3 * int(np.prod(data.INPUT_SIZE))
     return pixels.map_batches(_Worker, **options)
 
 
-def _pixels(rows: pa.Table) -> dict[str, np.ndarray]:
+def _pixels(rows: pa.Table, max_pixels: int = 0) -> dict[str, np.ndarray]:
+    if max_pixels:  # this is another process
+        data.Image.MAX_IMAGE_PIXELS = max_pixels / 2
     cells, n = rows.flatten().to_pydict(), len(rows)
     paths = cells.get("path") or cells["image.path"]
     files = cells.get("bytes") or cells.get("image.bytes") or list(map(Path, paths))
@@ -73,8 +77,8 @@ def _pixels(rows: pa.Table) -> dict[str, np.ndarray]:
     for i in range(n):
         try:
             pixels[i] = data.resize(images.image(i), [data.INPUT_SIZE])
-        except UserError as error:
-            reasons[i] = repr(error.__cause__)
+        except data.Unreadable as error:
+            reasons[i] = error.reason
     return {"path": np.array(paths, object), "pixels": pixels, "reason": reasons}
 
 
@@ -82,19 +86,20 @@ class _Worker:
     def __init__(self, name, create, detector, size, threads, gpus) -> None:
         torch.set_num_threads(max(threads, 1))  # Ray's own number is that of a worker's num_cpus
         encoder, device = create(name), torch.device("cuda" if gpus else "cpu")
-        if detector and detector.about_["weights_sha256"] != encoder.weights_sha256:
-            raise UserError(f"{name} has other weights than at the fit; use those, or fit again.")
+        if detector:
+            detector.encoder_name(encoder.weights_sha256)
         options = {"precision": "float32", "device": device, "batch_size": size}
         self.run = backends.prepare(encoder, "torch", **options)
-        self.detector, self.size, self.channels = detector, size, encoder.channels
+        self.detector, self.channels = detector, encoder.channels
 
     def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
-        n, bad = len(batch["path"]), batch["reason"] != ""
+        bad = batch["reason"] != ""
         z0 = features.layer_zscore(self.run(batch["pixels"])[:, 0], self.channels)
         row = {"path": batch["path"], "reason": pa.array(batch["reason"], pa.string(), mask=~bad)}
         if self.detector:
-            full = np.resize(z0, (self.size, z0.shape[1]))  # fewer rows are rounded otherwise
-            score, limit = self.detector.ood_score(full)[:n], self.detector.threshold_
-            verdict = np.select([bad, score.astype(float) > limit], ["unreadable", "OOD"], "ID")
-            return pa.table(row | {"score": pa.array(score, mask=bad), "verdict": verdict})
+            found = {"score": self.detector.ood_score(z0), "p_value": self.detector.p_values(z0)}
+            out = found["p_value"] <= self.detector.threshold_
+            found = {name: pa.array(values, mask=bad) for name, values in found.items()}
+            found["verdict"] = np.select([bad, out], ["unreadable", "OOD"], "ID")
+            return pa.table({"path": row["path"], **found, "reason": row["reason"]})
         return pa.table(row | {"z0": pa.array(list(z0), pa.list_(pa.float32()), mask=bad)})

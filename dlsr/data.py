@@ -9,7 +9,9 @@ import hashlib
 import io
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -17,16 +19,21 @@ from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Subset
 
 from dlsr import downloads
-from dlsr.cache import cache_folder, kept_hash
+from dlsr.cache import cache_folder, kept_hash, key
 from dlsr.errors import UserError
 
 INPUT_SIZE = (224, 224)  # height, width of what every encoder sees
 BUILT_IN = "scikit-learn"  # digits and patches of two photographs
 HERE = Path(__file__).parent
+HEIF = (".heic", ".heif", ".hif", ".avif")  # read where there is a decoder
+# Files that a user takes for images, but that need an interpreter or a camera's own colours.
+NOT_READ = (".eps", ".ps", ".ai", ".pdf", ".svg", ".svgz", ".wmf", ".emf", ".cr2", ".cr3", ".nef")
+NOT_READ += (".arw", ".dng", ".orf", ".raf", ".rw2")
+PIXELS = Image.MAX_IMAGE_PIXELS  # Pillow's; it refuses images with more than twice as many
 
 
 @lru_cache
@@ -75,13 +82,33 @@ class ParquetImages:
         return self.batch[int(row) - self.first]["bytes"].as_py()
 
 
+class Unreadable(UserError):
+    """An image that cannot be read; ``reason`` says why in a few words."""
+
+    reason = ""
+
+
+@lru_cache
+def formats() -> list[str]:
+    """Return Pillow's names of the formats that are read; none of them starts an interpreter.
+
+    HEIC is among them where ``pillow-heif`` is installed.
+    """
+    with suppress(ImportError):
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
+    Image.init()
+    return [form for form in Image.OPEN if form not in ("EPS", "WMF", "MPEG")]
+
+
 @dataclass(frozen=True)
 class ImageSet:
     """Images in a fixed order.
 
     ``source[i]`` is a file's path, its bytes, an array (H, W[, 3]) of uint8, or torchvision's pair
     of image and label. ``size`` is (height, width), or None where it varies. ``partial`` says in
-    which way this is not the published set.
+    which way this is not the published set; ``left_out`` counts what a folder has besides.
     """
 
     name: str
@@ -90,6 +117,7 @@ class ImageSet:
     source: Sequence
     size: tuple[int, int] | None = None
     partial: str = ""
+    left_out: str = ""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -98,13 +126,15 @@ class ImageSet:
         """Return image i as 8-bit RGB, turned as its EXIF tag says.
 
         Any Pillow mode is read: 16-bit grey is scaled, transparency laid on white. Raises
-        `UserError` with the image's name.
+        `Unreadable`, a `UserError`, with the image's name.
         """
         try:
             content = self._content(i)
             is_array = isinstance(content, np.ndarray)
-            image = Image.fromarray(content) if is_array else Image.open(io.BytesIO(content))
+            image = Image.fromarray(content) if is_array else _opened(content)
             image = ImageOps.exif_transpose(image)
+            if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
+                raise ValueError("it has pixels that are NaN or infinite")
             if image.mode == "F" or image.mode.startswith("I"):
                 top = 65535 if image.mode != "F" else 255 if image.getextrema()[1] > 1 else 1
                 image = image.convert("F").point(lambda grey: grey * (255 / top) + 0.5).convert("L")
@@ -113,10 +143,21 @@ class ImageSet:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
         except Exception as error:  # on damaged files, decoders raise almost anything
-            raise UserError(
-                f"Image {self.ids[i]!r} of {self.name} cannot be read ({error}); mend or remove "
-                "it, or leave such images out with on_error='skip' (--skip-unreadable)."
-            ) from error
+            reason = _reason(self.ids[i].lower(), error)
+            refusal = Unreadable(
+                f"Image {self.ids[i]!r} of {self.name} cannot be read ({reason}); mend or remove "
+                "it, or leave such images out with on_error='skip'."
+            )
+            refusal.reason = reason
+            raise refusal from error
+
+    def reason(self, i: int) -> str:
+        """Return why image i cannot be read, or "" if it can."""
+        try:
+            self.image(i)
+        except Unreadable as error:
+            return error.reason
+        return ""
 
     def _content(self, i: int) -> bytes | np.ndarray:
         content = self.source[i]
@@ -132,7 +173,12 @@ class ImageSet:
         """
         files = getattr(self.source, "files", self.source)
         of_files = isinstance(files, list) and isinstance(files[0], Path)
-        return kept_hash(files, self._hash) if of_files else self._hash()
+        found = kept_hash(files, self._hash) if of_files else self._hash()
+        # Whether some images can be read depends on more than on what they hold.
+        limit = {"limit": Image.MAX_IMAGE_PIXELS} if Image.MAX_IMAGE_PIXELS != PIXELS else {}
+        if any(name.lower().endswith(HEIF) for name in self.ids):
+            limit["formats"] = formats()
+        return key(images=found, **limit) if limit else found
 
     def _hash(self) -> str:
         digest = hashlib.sha256()
@@ -148,6 +194,23 @@ class ImageSet:
         """Return the images at the given rows, in that order."""
         ids, labels = ([values[row] for row in rows] for values in (self.ids, self.labels))
         return replace(self, ids=ids, labels=labels, source=Subset(self.source, rows))
+
+
+def _opened(content: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(content), formats=formats())
+
+
+def _reason(name: str, error: Exception) -> str:
+    """Return in a few words why an image of this name, in small letters, cannot be read."""
+    if isinstance(error, Image.DecompressionBombError):
+        return f"it has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels; see --max-pixels"
+    if name.endswith(NOT_READ):
+        return "files of its kind are not read; save it as PNG or JPEG"
+    if name.endswith(HEIF) and isinstance(error, UnidentifiedImageError):
+        return "its decoder is missing, or it is damaged: pip install 'dlsr[heic]'"
+    if isinstance(error, UnidentifiedImageError):
+        return "it is no image of a format that is read"
+    return " ".join(str(error).split()) or repr(error)
 
 
 def resize(image: Image.Image, chain: Sequence[tuple]) -> Image.Image:
@@ -223,19 +286,31 @@ def _published(row: SimpleNamespace) -> ImageSet:
 def from_folder(folder: Path, pattern: str = "") -> ImageSet:
     """Return every image file under a folder, sorted by path; the label is the file's folder.
 
-    Image files are those that Pillow decodes by itself, told by their suffix; ``pattern`` is one
-    that their paths fit. Hidden files are left out.
+    Image files are told by their suffix: those that Pillow decodes by itself, and those of which an
+    `ImageSet` says why it cannot read them. ``pattern`` is one that their paths fit. ``left_out``
+    counts hidden files, other files, and folders that are links or not open to this user.
     """
-    formats = Image.registered_extensions()  # this also fills Image.OPEN
-    suffixes = {s for s, form in formats.items() if form in Image.OPEN.keys() - {"MPEG", "EPS"}}
-    everything = sorted(p for p in folder.rglob(pattern or "*") if p.is_file())
-    paths = [p for p in everything if p.suffix.lower() in suffixes and p.name[0] != "."]
+    paths, others, read = [], Counter(), formats()  # it also fills what Pillow has registered
+    known = {suffix for suffix, form in Image.registered_extensions().items() if form in read}
+    known |= {*HEIF, *NOT_READ}
+    for path in sorted(folder.rglob(pattern or "*")):
+        parts = path.relative_to(folder).parts
+        if path.is_dir():
+            closed = path.is_symlink() or not os.access(path, os.R_OK | os.X_OK)
+            others["linked or closed folders"] += closed
+        elif any(part[0] == "." or part == "__MACOSX" for part in parts):
+            others["hidden files"] += 1
+        elif path.suffix.lower() not in known or not path.is_file():
+            others["other files"] += 1
+        else:
+            paths.append(path)
+    left_out = ", ".join(f"{count} {kind}" for kind, count in others.items() if count)
     if not paths:
-        told = f"The folder {folder} has {len(everything)} files, none of them an image"
+        told = f"The folder {folder} has {left_out or '0 files'}, none of them an image"
         raise UserError(f"{told}; put PNG, JPEG, WebP or other images in it.")
     inner = [p.relative_to(folder) for p in paths]
     labels = [p.parent.as_posix() for p in inner]
-    return ImageSet(folder.name, [p.as_posix() for p in inner], labels, paths)
+    return ImageSet(folder.name, [p.as_posix() for p in inner], labels, paths, left_out=left_out)
 
 
 def from_parquet(file: Path, *, name: str, size: tuple[int, int] | None = None) -> ImageSet:

@@ -1,6 +1,7 @@
 """The method as a scikit-learn outlier detector on z0, which is saved in one file.
 
 Of the paper's scores it has MSE and MFsim; LR needs two networks and is left to `dlsr.scores`.
+What it calls OOD is decided by p-values of familiar images (`dlsr.conformal`).
 """
 
 import hashlib
@@ -12,11 +13,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator, OutlierMixin
+from sklearn.preprocessing import normalize
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from dlsr import __version__
 from dlsr.baselines import Score, fit_gaussian, fit_knn, gaussian_score, knn_score
 from dlsr.cache import array_sha256, as_json, read_tensors, write_tensors
+from dlsr.conformal import assign_folds, checked_rate, cross_conformal, flag_limit
 from dlsr.diffusion import ddim_released, fixed_noise, reconstruct
 from dlsr.errors import UserError
 from dlsr.features import check_finite, pick_device
@@ -24,8 +27,10 @@ from dlsr.lfdn import LFDN
 from dlsr.scores import mfsim, mse
 from dlsr.training import train
 
-FORMAT = 2  # of the file; raise it when an older dlsr could not read the new one
+FORMAT = 3  # of the file; raise it when an older dlsr could not read the new one
 METHODS = ("gaussian", "knn", "mse", "mfsim")
+GAUSSIAN = ("location", "precision")  # its arrays
+BLOCK = 64  # vectors are scored by so many, the last ones filled up, as fewer are rounded otherwise
 
 
 @dataclass(eq=False, repr=False)  # scikit-learn reads the parameters from its constructor
@@ -37,10 +42,18 @@ class DLSRDetector(OutlierMixin, BaseEstimator):
     LFDN and score its reconstruction by `dlsr.diffusion.ddim_released` from timestep ``t``;
     ``mfsim`` reads ``layers`` (see `dlsr.scores.mfsim`), and ``knn`` takes the ``k``-th neighbour,
     or the last. ``width`` to ``batch_size`` are those of `dlsr.training.train`; the paper's
-    network has a width of 1440, 16 blocks and 150 epochs. ``calibration_fraction`` is the share of
-    the images, at least one, that is held out of the fit to set ``threshold_``: 95 % of them pass.
-    ``seed`` fixes that share, the training and the noise, which is the same for every image, so
-    that the score of an image depends on no other image.
+    network has a width of 1440, 16 blocks and 150 epochs.
+
+    Images with a p-value of at most ``flag_rate`` are called OOD. ``gaussian`` and ``knn`` are
+    fitted on all images and once more without each of ``folds`` folds (fewer if there are fewer
+    images), so that all images calibrate the p-values. For ``mse`` and ``mfsim`` that would be as
+    many trainings: there ``calibration_fraction`` of the images, at least one, is held out of the
+    only one and calibrates alone. ``seed`` fixes the folds, the training and the noise, which is
+    the same for every image, so that what is said of an image depends on no other image.
+
+    After the fit ``n_calibration_`` is the number of images that calibrate, ``threshold_`` the
+    largest p-value that is called OOD, 0 if so few images can give none, and ``offset_`` lies half
+    a step of p-values above it.
     """
 
     channels: Sequence[int] | None = None
@@ -55,54 +68,103 @@ class DLSRDetector(OutlierMixin, BaseEstimator):
     lr: float = 1e-4
     weight_decay: float = 1e-4
     batch_size: int = 128
+    flag_rate: float = 0.05
+    folds: int = 10
     calibration_fraction: float = 0.1
     seed: int = 0
     device: str | None = None
     progress: bool = False
 
     def fit(self, z: np.ndarray, y: object = None) -> "DLSRDetector":
-        """Fit on z0 of ID images, (N, c), and set the threshold; labels ``y`` are not read."""
+        """Fit on z0 of ID images, (N, c), and calibrate; labels ``y`` are not read.
+
+        Raises `UserError` for parameters that make no sense, and for vectors that are not finite,
+        fewer than three, or all the same.
+        """
         z = self._checked(z, reset=True)
         n, share = len(z), self.calibration_fraction
         channels = tuple(map(int, z.shape[1:] if self.channels is None else self.channels))
+        checked_rate(self.flag_rate, "flag_rate")
         if sum(channels) != z.shape[1] or self.method not in METHODS or not 0 < share < 1 or n < 3:
             raise UserError(
                 f"{z.shape} vectors, channels={channels}, method={self.method!r} and "
                 f"calibration_fraction={share} were given; a fit needs 3 vectors or more, channels "
                 f"that sum to their length, one of {', '.join(METHODS)}, and a share in (0, 1)."
             )
+        if self.folds < 2 or np.ptp(z, axis=0).max() <= 1e-6 * np.abs(z).max():
+            raise UserError(
+                f"{n} vectors and folds={self.folds} were given; a fit needs 2 folds or more, and "
+                "vectors that are not all the same, as those of copies of one image are."
+            )
         # Scoring reads this copy, so that set_params changes nothing before the next fit.
         unused = {"device": None, "progress": False}
         self.settings_ = self.get_params() | unused | {"channels": channels}
         self.about_, self.versions_ = {}, {"dlsr": __version__, "torch": torch.__version__}
-        order = np.random.RandomState(self.seed).permutation(n)
-        held_out = min(max(int(np.ceil(share * n)), 1), n - 2)
-        self.arrays_ = self._train(z[np.sort(order[held_out:])])
-        self.score_ = _score_of(self.settings_, self.arrays_, self.device)
-        self.threshold_ = float(np.quantile(self.ood_score(z[order[:held_out]]), 0.95))
+        self.arrays_ = self._fit_arrays(z)
+        self.score_, self.fold_scores_ = _scores_of(self.settings_, self.arrays_, self.device)
         return self
 
     def ood_score(self, z: np.ndarray) -> np.ndarray:
-        """Return the scores of z0, (N, c), as (N,) float32; a larger score means more OOD."""
+        """Return the scores of z0, (N, c), as (N,) float32; a larger score means more OOD.
+
+        For ``gaussian`` and ``knn`` they are those of the model of all images.
+        """
         check_is_fitted(self)
-        return self.score_(self._checked(z)).astype(np.float32)
+        return _in_blocks(self.score_, self._checked(z))
+
+    def p_values(self, z: np.ndarray) -> np.ndarray:
+        """Return the p-values of z0, (N, c), as (N,) float64 (`dlsr.conformal.cross_conformal`).
+
+        They are multiples of 1 / (``n_calibration_`` + 1); a small one means OOD.
+        """
+        check_is_fitted(self)
+        scores, fold = self.arrays_["calibration"], self.arrays_["fold"]
+        by_model = np.atleast_2d(_in_blocks(self.fold_scores_, self._checked(z)))
+        return cross_conformal(by_model, [scores[fold == f] for f in range(len(by_model))])
 
     def score_samples(self, z: np.ndarray) -> np.ndarray:
-        """Return minus the OOD score of z0, (N, c), as (N,): larger means more ID."""
-        return -self.ood_score(z).astype(float)
+        """Return the p-values of z0, (N, c), as (N,), less up to a quarter of their step.
+
+        By it images with the same p-value are ordered by their OOD score; larger means more ID.
+        """
+        score = np.nan_to_num(self.ood_score(z).astype(float))
+        step = 1 / (self.n_calibration_ + 1)
+        return self.p_values(z) - step / 4 * score / (1 + np.abs(score))
 
     def decision_function(self, z: np.ndarray) -> np.ndarray:
-        """Return ``threshold_`` minus the OOD score of z0, (N, c), as (N,): negative means OOD."""
+        """Return `score_samples` of z0, (N, c), minus ``offset_``, as (N,): negative means OOD."""
         return self.score_samples(z) - self.offset_
 
     def predict(self, z: np.ndarray) -> np.ndarray:
-        """Return +1 for each ID and -1 for each OOD row of z0, (N, c); the threshold is ID."""
+        """Return -1 (OOD) for each row of z0, (N, c), whose p-value is <= ``flag_rate``, else 1."""
         return np.where(self.decision_function(z) >= 0, 1, -1)
 
     @property
+    def n_calibration_(self) -> int:
+        """The number of familiar images that the p-values are made from."""
+        return len(self.arrays_["calibration"])
+
+    @property
+    def threshold_(self) -> float:
+        """The largest p-value that is called OOD, or 0."""
+        return flag_limit(self.n_calibration_, self.settings_["flag_rate"])
+
+    @property
     def offset_(self) -> float:
-        """Minus ``threshold_``, scikit-learn's name and sign of it."""
-        return -self.threshold_
+        """The value of `score_samples` below which an image is called OOD."""
+        return self.threshold_ + 0.5 / (self.n_calibration_ + 1)
+
+    def encoder_name(self, weights_sha256: str = "") -> str:
+        """Return the name of the encoder whose z0 the detector was fitted on.
+
+        Raises `UserError` if the detector does not say it, or says other weights than these.
+        """
+        if not {"encoder", "weights_sha256"} <= set(self.about_):
+            raise UserError("The detector does not say its encoder; fit it by `dlsr fit`.")
+        if weights_sha256 not in ("", self.about_["weights_sha256"]):
+            name = self.about_["encoder"]
+            raise UserError(f"{name} has other weights than at the fit; use those, or fit again.")
+        return self.about_["encoder"]
 
     def save(self, path: str | Path, *, about: dict | None = None) -> None:
         """Write the fitted detector into one safetensors file, which holds no code.
@@ -111,8 +173,8 @@ class DLSRDetector(OutlierMixin, BaseEstimator):
         Raises `UserError` if the file cannot be written; an older one there is then unharmed.
         """
         check_is_fitted(self)
-        content = {"format": FORMAT, "parameters": self.settings_, "threshold": self.threshold_}
-        content |= {"about": about or self.about_, "versions": self.versions_}
+        content = {"format": FORMAT, "parameters": self.settings_, "versions": self.versions_}
+        content |= {"about": about or self.about_}
         arrays = {name: torch.from_numpy(array) for name, array in self.arrays_.items()}
         write_tensors(Path(path), arrays, content | {"sha256": _sha256(content, self.arrays_)})
 
@@ -129,13 +191,17 @@ class DLSRDetector(OutlierMixin, BaseEstimator):
             raise UserError(f"{path} has the format {form}, {FORMAT} is needed; fit it again.")
         if content.pop("sha256", None) != _sha256(content, arrays):
             raise UserError(f"The detector {path} is damaged: its checksum differs; fit it again.")
-        settings = content["parameters"]
-        settings["channels"] = tuple(settings["channels"])
-        detector = cls(**settings | {"device": device})
-        detector.settings_, detector.n_features_in_ = settings, sum(settings["channels"])
-        detector.arrays_, detector.score_ = arrays, _score_of(settings, arrays, device)
-        for name in ("threshold", "about", "versions"):
-            setattr(detector, f"{name}_", content[name])
+        try:
+            settings = content["parameters"]
+            settings["channels"] = tuple(map(int, settings["channels"]))
+            _check_arrays(settings, arrays)
+            detector = cls(**settings | {"device": device})
+            detector.settings_, detector.arrays_ = settings, arrays
+            detector.n_features_in_ = sum(settings["channels"])
+            detector.about_, detector.versions_ = content["about"], content["versions"]
+            detector.score_, detector.fold_scores_ = _scores_of(settings, arrays, device)
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise UserError(f"{path} is no detector ({error}); fit it again.") from error
         return detector
 
     def _checked(self, z: np.ndarray, reset: bool = False) -> np.ndarray:
@@ -146,10 +212,32 @@ class DLSRDetector(OutlierMixin, BaseEstimator):
             raise UserError(str(error)) from error
         return check_finite(z)
 
-    def _train(self, z: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the arrays that scores are computed from, and that are saved."""
+    def _fit_arrays(self, z: np.ndarray) -> dict[str, np.ndarray]:
+        """Return all arrays that scores and p-values are computed from, and that are saved.
+
+        ``calibration`` has the score of each image that calibrates, by the model of its ``fold``.
+        """
+        n = len(z)
+        if self.method in ("mse", "mfsim"):
+            order = np.random.RandomState(self.seed).permutation(n)
+            held_out = min(max(int(np.ceil(self.calibration_fraction * n)), 1), n - 2)
+            arrays, z = self._train(z[np.sort(order[held_out:])]), z[order[:held_out]]
+            fold = np.zeros(held_out, np.int64)
+        else:
+            fold, arrays = assign_folds(n, self.folds, self.seed), self._train(z)
         if self.method == "gaussian":
-            return fit_gaussian(z).keywords
+            models = [self._train(z[fold != f]) for f in range(fold.max() + 1)]
+            for name in arrays.copy():  # float32 halves the file
+                arrays[f"fold_{name}"] = np.float32([model[name] for model in models])
+        arrays["fold"] = fold
+        by_model = _in_blocks(_scores_of(self.settings_, arrays, self.device)[1], z)
+        by_model = np.atleast_2d(by_model)
+        return arrays | {"calibration": by_model[fold, np.arange(len(z))]}
+
+    def _train(self, z: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the arrays of one model of z0, (n, c)."""
+        if self.method == "gaussian":
+            return dict(fit_gaussian(z).keywords)
         if self.method == "knn":
             return {"vectors": fit_knn(z, k=min(self.k, len(z))).keywords["vectors"]}
         names = ("width", "blocks", "epochs", "lr", "weight_decay", "seed", "device", "progress")
@@ -158,19 +246,75 @@ class DLSRDetector(OutlierMixin, BaseEstimator):
         return {name: tensor.cpu().numpy() for name, tensor in network.state_dict().items()}
 
 
-def _score_of(settings: dict, arrays: dict[str, np.ndarray], device: str | None) -> Score:
-    """Return the score of a fitted detector's arrays."""
+def _check_arrays(settings: dict, arrays: dict[str, np.ndarray]) -> None:
+    """Raise ValueError unless the arrays of a file have the shapes that scoring needs."""
+    c, n = sum(settings["channels"]), len(arrays["calibration"])
+    folds = int(arrays["fold"].max()) + 1
+    shapes = {"calibration": (n,), "fold": (n,)}
     if settings["method"] == "gaussian":
-        return partial(gaussian_score, **arrays)
+        shapes |= {"location": (c,), "precision": (c, c)}
+        shapes |= {"fold_location": (folds, c), "fold_precision": (folds, c, c)}
+    elif settings["method"] == "knn":
+        shapes["vectors"] = (n, c)
+    elif settings["method"] not in METHODS or folds > 1:
+        raise ValueError(f"the method {settings['method']!r} with {folds} folds")
+    for name, shape in shapes.items():
+        if arrays[name].shape != shape:
+            raise ValueError(f"{name} has the shape {arrays[name].shape}, not {shape}")
+    broken = [name for name, array in arrays.items() if not np.isfinite(array).all()]
+    if broken or arrays["fold"].min() < 0 or not np.issubdtype(arrays["fold"].dtype, np.integer):
+        raise ValueError(f"its arrays {', '.join(broken) or 'fold'} make no sense")
+    checked_rate(settings["flag_rate"], "flag_rate")
+
+
+def _in_blocks(score: Score, z: np.ndarray) -> np.ndarray:
+    """Return scores of (N, c) as (..., N) float32, computed in blocks of equal size.
+
+    So the bits of an image's score depend neither on the other images nor on their number.
+    """
+    found = []
+    for start in range(0, len(z), BLOCK):
+        block = z[start : start + BLOCK]
+        found.append(score(np.resize(block, (BLOCK, z.shape[1])))[..., : len(block)])
+    return np.concatenate(found, axis=-1).astype(np.float32)
+
+
+def _scores_of(settings: dict, arrays: dict[str, np.ndarray], device: str | None):
+    """Return two functions of z0, (N, c): to the scores, (N,), and to those by fold, (folds, N).
+
+    A network has one fold, whose scores are its own.
+    """
+    if settings["method"] == "gaussian":
+        own, fold = ({n: arrays[kind + n] for n in GAUSSIAN} for kind in ("", "fold_"))
+        return partial(gaussian_score, **own), partial(_gaussian_by_fold, **fold)
     if settings["method"] == "knn":
-        return partial(knn_score, **arrays, k=min(settings["k"], len(arrays["vectors"])))
+        vectors, k = arrays["vectors"], settings["k"]
+        score = partial(knn_score, vectors=vectors, k=min(k, len(vectors)))
+        return score, partial(_knn_by_fold, vectors=vectors, fold=arrays["fold"], k=k)
     with torch.device("meta"):  # the weights come from the arrays
         sizes = {name: settings[name] for name in ("width", "blocks")}
         network = LFDN(sum(settings["channels"]), **sizes)
-    weights = {name: torch.tensor(array) for name, array in arrays.items()}
+    weights = {name: torch.tensor(arrays[name]) for name in network.state_dict()}
     network.load_state_dict(weights, assign=True)
     network.to(pick_device(device)).eval().requires_grad_(False)
-    return partial(_reconstruction_score, network=network, settings=settings)
+    score = partial(_reconstruction_score, network=network, settings=settings)
+    return score, score
+
+
+def _gaussian_by_fold(z: np.ndarray, *, location: np.ndarray, precision: np.ndarray) -> np.ndarray:
+    """Return the scores by each fold's Gaussian, (folds, N)."""
+    models = zip(location, precision, strict=True)
+    return np.stack([gaussian_score(z, location=m, precision=p) for m, p in models])
+
+
+def _knn_by_fold(z: np.ndarray, *, vectors: np.ndarray, fold: np.ndarray, k: int) -> np.ndarray:
+    """Return 1 - the cosine to the k-th nearest vector outside each fold, (folds, N)."""
+    apart, found = 1 - normalize(z) @ vectors.T, []
+    for f in range(fold.max() + 1):
+        others = apart[:, fold != f]
+        at = min(k, others.shape[1]) - 1
+        found.append(np.partition(others, at, axis=1)[:, at])
+    return np.stack(found)
 
 
 def _reconstruction_score(z: np.ndarray, *, network: LFDN, settings: dict) -> np.ndarray:

@@ -1,3 +1,5 @@
+import io
+import json
 import os
 import subprocess
 import sys
@@ -66,7 +68,7 @@ def refused(capsys, *arguments):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "Traceback" not in captured.err
-    (line,) = [one for one in captured.err.splitlines() if one.startswith("dlsr: ")]
+    *_, line = [one for one in captured.err.splitlines() if one.startswith("dlsr: ")]
     return line
 
 
@@ -80,7 +82,9 @@ def test_fit_score_and_info(method, photos, tmp_path, capsys, encoder):
     loaded = DLSRDetector.load(file)
     assert loaded.method == (method or "gaussian")
     out = capsys.readouterr().out
-    assert f"Fitted on 40 images; threshold {loaded.threshold_:.6g}" in out
+    n = loaded.n_calibration_
+    assert f"Fitted on 40 images, of which {n} calibrate" in out
+    assert n == (4 if loaded.method in ("mse", "mfsim") else 40)
     assert main(["info", str(file)]) == 0
     out = capsys.readouterr().out
     for told in (loaded.method, "fake", "a" * 64, "40", dlsr.__version__, torch.__version__):
@@ -90,13 +94,16 @@ def test_fit_score_and_info(method, photos, tmp_path, capsys, encoder):
     captured = capsys.readouterr()
     assert captured.out == ""
     table = pd.read_csv(csv)
-    assert list(table.columns) == ["image", "ood_score", "verdict"]
+    assert list(table.columns) == ["image", "ood_score", "p_value", "verdict", "reason"]
     assert sorted(table["image"]) == [f"{i:03d}.png" for i in range(7)]
-    assert table["ood_score"].is_monotonic_decreasing
+    assert table["p_value"].is_monotonic_increasing
     called = table["verdict"] == "OOD"
-    assert f"{called.sum()} of 7 images" in captured.err
-    z0 = dlsr.extract(others, encoder, progress=False).z0()
-    np.testing.assert_array_equal(sorted(~called), sorted(loaded.predict(z0) == 1))
+    assert f"7 images: {called.sum()} OOD, {7 - called.sum()} ID, 0 unreadable" in captured.err
+    assert ("cannot support 5 %; the finest is 20 %" in captured.err) == (n == 4)
+    z0, table = dlsr.extract(others, encoder, progress=False).z0(), table.sort_values("image")
+    np.testing.assert_array_equal(called.sort_index()[table.index], loaded.predict(z0) == -1)
+    np.testing.assert_array_equal(table["p_value"], loaded.p_values(z0))
+    np.testing.assert_allclose(table["ood_score"], loaded.ood_score(z0), rtol=1e-6)
     assert encoder.images == 47
 
 
@@ -104,19 +111,115 @@ def test_score_without_csv_prints_the_most_ood_first(photos, detector, capsys):
     capsys.readouterr()
     assert main(["score", str(detector), str(photos)]) == 0
     head, *lines = capsys.readouterr().out.splitlines()
-    assert head.split() == ["image", "ood_score", "verdict"]
-    scores = [float(line.split()[1]) for line in lines]
-    assert len(scores) == 40
-    assert scores == sorted(scores, reverse=True)
+    assert head.split() == ["image", "ood_score", "p_value", "verdict", "reason"]
+    values = [float(line.split()[2]) for line in lines]
+    assert len(values) == 40
+    assert values == sorted(values)
 
 
-def test_unreadable_images_are_named_or_skipped(photos, tmp_path, capsys):
+def test_csv_and_json_go_to_stdout_and_all_else_to_stderr(photos, detector, capsys):
+    capsys.readouterr()
+    assert main(["score", str(detector), str(photos), "--csv", "-"]) == 0
+    table = pd.read_csv(io.StringIO(capsys.readouterr().out))
+    assert main(["score", str(detector), str(photos), "--json"]) == 0
+    rows = pd.DataFrame(json.loads(capsys.readouterr().out))
+    assert rows.columns.tolist() == table.columns.tolist()
+    assert rows["image"].tolist() == table["image"].tolist()
+    assert not Path("-").exists()
+
+
+def test_what_is_called_ood_follows_the_rate(photos, detector, tmp_path, capsys):
+    others, csv = write_folder(tmp_path / "others", 30, seed=5), str(tmp_path / "s.csv")
+    command = ["score", str(detector), str(others), "--csv", csv, "--overwrite"]
+    for rate in (0.5, 0.01):
+        assert main([*command, "--flag-rate", str(rate)]) == 0
+        table = pd.read_csv(csv)
+        assert ((table["verdict"] == "OOD") == (table["p_value"] <= rate)).all()
+    assert "40 familiar images cannot support 1 %; the finest is 2.4 %" in capsys.readouterr().err
+    assert main([*command, "--fdr", "0.9"]) == 0
+    table = pd.read_csv(csv)
+    expected = dlsr.benjamini_hochberg(table["p_value"].to_numpy(), 0.9)
+    assert ((table["verdict"] == "OOD") == expected).all()
+    assert main([*command, "--fdr", "0.01"]) == 0
+    assert "74 of 30 must have the smallest p-value" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "--flag-rate", "5"])
+    assert "5 is not between 0 and 1" in capsys.readouterr().err
+
+
+def test_every_file_that_is_not_scored_is_a_row_with_a_reason(photos, detector, tmp_path, capsys):
     (photos / "003.png").write_bytes(b"no image")
-    assert "003.png" in refused(capsys, "fit", photos, "--out", tmp_path / "d", "--encoder", "fake")
-    assert fit(photos, tmp_path / "detector", "--skip-unreadable") == 0
+    (photos / "004.heic").write_bytes(b"no image")
+    (photos / "005.svg").write_text("<svg/>")
+    nan = np.full((9, 9), np.nan, np.float32)
+    Image.fromarray(nan).save(photos / "006.tif")
+    for hidden in ("._007.png", ".hidden.png", "__MACOSX/a.png", ".thumbnails/a.png", "notes.txt"):
+        (photos / hidden).parent.mkdir(exist_ok=True)
+        (photos / hidden).write_bytes(b"?")
+    capsys.readouterr()
+    assert main(["score", str(detector), str(photos), "--csv", str(tmp_path / "s.csv")]) == 0
+    told = capsys.readouterr().err
+    assert "4 hidden files, 1 other files of" in told
+    assert "43 images: " in told and "4 unreadable" in told
+    table = pd.read_csv(tmp_path / "s.csv")
+    lost = table[table["verdict"] == "unreadable"].set_index("image")
+    assert len(table) == 43
+    assert lost[["ood_score", "p_value"]].isna().all(axis=None)
+    assert table["reason"].notna().sum() == 4
+    for name, reason in (
+        ("003.png", "no image of a format"), ("004.heic", "dlsr[heic]"), ("005.svg", "not read"),
+        ("006.tif", "NaN"),
+    ):  # fmt: skip
+        assert reason in lost.loc[name, "reason"]
+    assert fit(photos, tmp_path / "again") == 0
     captured = capsys.readouterr()
     assert "Fitted on 39 images" in captured.out
     assert "003.png" in captured.err
+    for path in photos.glob("0*.png"):
+        path.write_bytes(b"no image")
+    (photos / "006.tif").unlink()
+    assert main(["score", str(detector), str(photos), "--csv", str(tmp_path / "t.csv")]) == 2
+    assert (pd.read_csv(tmp_path / "t.csv")["verdict"] == "unreadable").all()
+    assert "No image of photos can be read; 000.png: " in refused(
+        capsys, "fit", photos, "--out", tmp_path / "third", "--encoder", "fake"
+    )
+
+
+def test_a_name_is_no_formula_and_a_limit_of_pixels_can_be_lifted(
+    photos, detector, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+    for name in ("=1+1.png", "+1.png", "-1.png", "@1.png"):
+        (photos / name).write_bytes((photos / "000.png").read_bytes())
+    csv, command = tmp_path / "s.csv", ["score", str(detector), str(photos), "--overwrite", "--csv"]
+    for limit, unreadable in (("100", 44), ("143", 44), ("144", 0)):
+        status = main([*command, str(csv), "--max-pixels", limit])
+        assert status == (2 if unreadable else 0)
+        assert (pd.read_csv(csv)["verdict"] == "unreadable").sum() == unreadable
+    names = set(pd.read_csv(csv)["image"])
+    assert {"'=1+1.png", "'+1.png", "'-1.png", "'@1.png"} <= names
+
+
+def test_few_images_and_copies_are_told_at_the_fit(tmp_path, capsys, encoder):
+    few, out = write_folder(tmp_path / "few", 10), tmp_path / "out"
+    command = ("fit", few, "--out", out, "--encoder", "fake")
+    assert "10 different images were given; 20 or more" in refused(capsys, *command)
+    assert fit(few, out, "--force") == 0
+    assert "10 familiar images cannot support 5 %; the finest is 9.1 %" in capsys.readouterr().err
+    for i in range(40):
+        (few / f"copy{i}.png").write_bytes((few / "000.png").read_bytes())
+    assert "10 different images" in refused(capsys, *command, "--overwrite")
+    assert fit(few, out, "--force", "--overwrite") == 0
+    assert "40 images are copies of others" in capsys.readouterr().err
+    for i in range(1, 10):
+        (few / f"00{i}.png").unlink()
+    told = refused(capsys, *command, "--overwrite", "--force")
+    assert "minimum of 2" in told or "3 vectors or more" in told
+
+
+def test_a_network_gets_500_updates(photos, tmp_path):
+    assert fit(photos, tmp_path / "detector", "--method", "mse") == 0
+    assert DLSRDetector.load(tmp_path / "detector").epochs == 500
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only there a name may be any bytes")
@@ -162,6 +265,11 @@ def test_mistakes_are_one_sentence(photos, tmp_path, detector, capsys, encoder):
         ("no plain file", "fit", photos, "--out", tmp_path, *fake),
         ("no plain file", "score", detector, photos, "--csv", tmp_path),
         ("no plain file", "score", detector, photos, "--csv", tmp_path / "link"),
+        ("no plain file", "score", detector, photos, "--csv", "/dev/null"),
+        ("no plain file", "fit", photos, "--out", photos, *fake),
+        ("by --overwrite", "fit", photos, "--out", detector, *fake),
+        ("by --overwrite", "score", detector, photos, "--csv", photos / "000.png"),
+        ("closed or no folder", "score", detector, photos, "--csv", detector / "s.csv"),
         ("not dlsr's", "score", tmp_path, photos),
         ("not dlsr's", "info", photos / "000.png"),
     ):

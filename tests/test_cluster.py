@@ -62,8 +62,10 @@ def fitted(tmp_path, encoder):
     detector = dlsr.DLSRDetector(features.channels).fit(features.z0())
     detector.save(tmp_path / "detector", about=ABOUT)
     paths = [str(folder / name) for name in features.images.ids]
-    truth = pd.DataFrame({"score": detector.ood_score(features.z0())}, paths)
-    truth["verdict"] = np.where(truth["score"].astype(float) > detector.threshold_, "OOD", "ID")
+    z0 = features.z0()
+    values = {"score": detector.ood_score(z0), "p_value": detector.p_values(z0)}
+    truth = pd.DataFrame(values, paths)
+    truth["verdict"] = np.where(detector.predict(z0) == -1, "OOD", "ID")
     return folder, tmp_path / "detector", truth.assign(z0=list(features.z0()))
 
 
@@ -92,11 +94,15 @@ def test_more_workers_than_cpus_write_the_scores_of_one_process(
     command = ["score", str(detector), str(pack), "--engine", "ray", "--workers", "3"]
     assert main(command) == 2
     assert "--csv" in capsys.readouterr().err
+    assert main([*command, "--csv", str(target), "--fdr", "0.1"]) == 2
+    assert not target.exists()
     assert main([*command, "--csv", str(target)]) == 0
     assert "1 images are unreadable" in capsys.readouterr().err
     rows = pd.read_csv(target, dtype={"score": np.float32})
     found = checked(rows, truth, folder / "007.png")
+    assert list(rows.columns) == ["path", "score", "p_value", "verdict", "reason"]
     np.testing.assert_array_equal(found["score"], truth["score"])
+    np.testing.assert_array_equal(found["p_value"], truth["p_value"])
     assert found["verdict"].tolist() == truth["verdict"].tolist()
 
 
@@ -105,7 +111,7 @@ def checked(rows, truth, corrupt):
     rows = rows.set_index("path")
     assert sorted(rows.index) == sorted([*truth.index, str(corrupt)])
     lost = rows.loc[str(corrupt)]
-    assert "UnidentifiedImageError" in lost["reason"]
+    assert "no image of a format" in lost["reason"]
     assert lost.get("verdict", "unreadable") == "unreadable"
     assert pd.isna(lost.get("score", lost.get("z0")))
     assert rows.loc[truth.index, "reason"].isna().all()

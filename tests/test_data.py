@@ -59,7 +59,7 @@ def test_a_folder_is_read_in_order_with_its_folders_as_labels(tmp_path):
     ("call", "told"),
     [
         (lambda: load_images("cifar11/test"), "'cifar11/test' is neither"),
-        (lambda: load_images("given"), "2 files, none of them an image"),
+        (lambda: load_images("given"), "2 other files, none of them an image"),
         (lambda: one_image(b"no image").image(0), r"the-name\.png"),
         (lambda: one_image(Path("gone.png")).image(0), r"the-name\.png.*gone"),
         (lambda: from_parquet(Path("given/no_image"), name=""), "no_image is not a readable"),
@@ -73,6 +73,58 @@ def test_what_cannot_be_read_is_refused_in_one_sentence(call, told):
     with pytest.raises(UserError, match=told) as error:
         call()
     one_sentence(error)
+
+
+def test_what_is_left_out_of_a_folder_is_counted(tmp_path):
+    folder = write_folder(tmp_path / "photos", 2)
+    for name in ("._a.png", ".hid.png", ".thumbnails/a.png", "__MACOSX/a.png", "Thumbs.db", "raw"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"?")
+    (folder / "linked").symlink_to(tmp_path, target_is_directory=True)
+    images = load_images(folder)
+    assert images.ids == ["000.png", "001.png"]
+    expected = {"4 hidden files", "2 other files", "1 linked or closed folders"}
+    assert set(images.left_out.split(", ")) == expected
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n"
+
+
+def test_what_is_not_read_has_a_reason_and_starts_no_interpreter(tmp_path, monkeypatch):
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_: pytest.fail("interpreted"))
+    (tmp_path / "set").mkdir()
+    for name in ("a.eps", "b.png", "c.pdf", "d.svg", "e.NEF", "f.HEIC"):
+        (tmp_path / "set" / name).write_bytes(EPS)
+    Image.fromarray(np.full((9, 9), np.inf, np.float32)).save(tmp_path / "set" / "g.tif")
+    images = load_images(tmp_path / "set")
+    kind = "files of its kind are not read; save it as PNG or JPEG"
+    reasons = dict(zip(images.ids, map(images.reason, range(7)), strict=True))
+    assert [reasons[name] for name in ("a.eps", "c.pdf", "d.svg", "e.NEF")] == [kind] * 4
+    assert "no image of a format" in reasons["b.png"]
+    assert "pip install 'dlsr[heic]'" in reasons["f.HEIC"]
+    assert "NaN or infinite" in reasons["g.tif"]
+
+
+@pytest.mark.parametrize("form", ["HEIF", "AVIF"])
+def test_photos_of_phones_are_read_where_a_decoder_is(form):
+    if form not in data.formats():
+        pytest.skip("there is no decoder")
+    pixels = np.full((40, 60, 3), 100, np.uint8)
+    assert np.abs(as_rgb(pixels, form).astype(int) - 100).max() < 8
+
+
+def test_the_limit_of_pixels_and_a_decoder_are_part_of_what_a_set_is(tmp_path, monkeypatch):
+    images = load_images(write_folder(tmp_path / "photos", 2, size=(20, 20)))
+    before = images.sha256
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert "it has more than 200 pixels; see --max-pixels" in images.reason(0)
+    assert replace(images).sha256 != before
+    monkeypatch.undo()
+    hashes = set()
+    for known in (["PNG"], ["PNG", "HEIF"]):
+        monkeypatch.setattr(data, "formats", lambda known=known: known)
+        hashes.add(replace(images, ids=["000.heic", "001.png"]).sha256)
+    assert len(hashes) == 2
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "TIFF", "BMP", "WEBP"])

@@ -57,12 +57,16 @@ def test_signs_threshold_and_offset(method):
     assert detector.get_params() == before
     scores = detector.ood_score(ID_TEST)
     assert scores.shape == (100,)
-    np.testing.assert_array_equal(detector.score_samples(ID_TEST), -scores)
-    decision = detector.decision_function(ID_TEST)
-    np.testing.assert_allclose(decision, detector.threshold_ - scores, rtol=1e-6)
-    detector.threshold_ = float(np.sort(scores)[70])  # an image at the threshold is ID
-    assert (detector.predict(ID_TEST) == 1).sum() == 71
-    np.testing.assert_array_equal(detector.predict(ID_TEST) == 1, scores <= detector.threshold_)
+    both = np.concatenate([ID_TEST, OOD])
+    p, samples = detector.p_values(both), detector.score_samples(both)
+    step = 1 / (detector.n_calibration_ + 1)
+    assert (np.abs(samples - p) < step / 2).all()
+    np.testing.assert_allclose(detector.decision_function(both), samples - detector.offset_)
+    np.testing.assert_array_equal(detector.predict(both) == -1, p <= 0.05)
+    np.testing.assert_array_equal(detector.predict(both) == -1, p <= detector.threshold_)
+    same = p == np.median(p)  # images of equal p-value are ordered by their score
+    order = np.argsort(samples[same])
+    assert (np.diff(detector.ood_score(both)[same][order]) <= 0).all()
 
 
 def test_a_detector_that_is_not_fitted_says_so():
@@ -71,19 +75,36 @@ def test_a_detector_that_is_not_fitted_says_so():
             getattr(DLSRDetector(CHANNELS), method)(ID)
 
 
-# The threshold
+# P-values
 
 
-def test_the_threshold_is_the_95th_percentile_of_held_out_images(monkeypatch):
-    fitted = []
-    spy = lambda z: (fitted.append(z), fit_gaussian(z))[1]  # noqa: E731
-    monkeypatch.setattr(module, "fit_gaussian", spy)
-    detector = tiny(calibration_fraction=0.2).fit(ID)
-    assert len(fitted[0]) == 240
-    held_out = [row for row in ID.tolist() if row not in fitted[0].tolist()]
-    assert len(held_out) == 60
-    by_hand = np.quantile(detector.ood_score(np.array(held_out)), 0.95)
-    assert detector.threshold_ == pytest.approx(by_hand)
+@EVERY_METHOD
+def test_p_values_count_held_out_images_that_score_as_high(method, monkeypatch):
+    """Each fold's model saw none of its images; networks have one fold."""
+    name = {"gaussian": "fit_gaussian", "knn": "fit_knn"}.get(method, "train")
+    fitted, real = [], getattr(module, name)
+    spy = lambda z, **options: (fitted.append(z), real(z, **options))[1]  # noqa: E731
+    monkeypatch.setattr(module, name, spy)
+    detector = tiny(method, k=5, folds=4, calibration_fraction=0.25).fit(ID)
+    fold, calibration = detector.arrays_["fold"], detector.arrays_["calibration"]
+    if method in ("mse", "mfsim"):
+        assert [len(z) for z in fitted] == [225]
+        held_out = [row for row in ID.tolist() if row not in fitted[0].tolist()]
+        np.testing.assert_array_equal(np.sort(detector.ood_score(held_out)), np.sort(calibration))
+        scores = detector.ood_score(ID_TEST)
+        by_hand = [(1 + (calibration >= score).sum()) / 76 for score in scores]
+    else:
+        assert [len(z) for z in fitted] == ([300] + [225] * 4 if method == "gaussian" else [300])
+        counts = np.ones(100)
+        for f in range(4):
+            rows = np.flatnonzero(fold == f)
+            fit = fit_gaussian if method == "gaussian" else lambda z: fit_knn(z, k=5)
+            model = fit(ID[fold != f])
+            scores, others = model(ID_TEST), model(ID[rows])
+            counts += (others[:, None] >= scores).sum(0)
+        by_hand = counts / 301
+    np.testing.assert_allclose(detector.p_values(ID_TEST), by_hand, atol=1.1 / 301)
+    assert (detector.p_values(ID_TEST) == by_hand).mean() > 0.95  # up to rounding at ties
 
 
 @EVERY_METHOD
@@ -95,34 +116,51 @@ def test_about_95_percent_of_id_is_accepted_and_ood_is_not(method):
     assert auroc(detector.ood_score(ID_TEST), detector.ood_score(OOD)) > 0.9
 
 
+@pytest.mark.parametrize("method", ["gaussian", "knn"])
+@pytest.mark.parametrize("n", [30, 60])
+def test_no_more_familiar_images_are_flagged_than_the_rate_says(method, n):
+    """Over draws of familiar and new images alike the share is at most 5 % plus 3 errors."""
+    draws = [easy_features(n + 40, seed=seed)[0] for seed in range(40)]
+    flags = [(tiny(method).fit(z[:n]).predict(z[n:]) == -1).mean() for z in draws]
+    assert np.mean(flags) <= 0.05 + 3 * np.std(flags) / np.sqrt(len(flags))
+
+
+def test_more_may_be_flagged_and_too_few_images_flag_nothing():
+    rates = [(tiny(flag_rate=rate).fit(ID).predict(ID_TEST) == -1).mean() for rate in (0.01, 0.2)]
+    assert rates[0] < 0.05 < 0.1 < rates[1]
+    few = tiny().fit(ID[:18])
+    assert (few.threshold_, few.predict(OOD).min()) == (0, 1)
+    assert tiny().fit(ID[:19]).predict(OOD).min() == -1
+
+
 # Scores
 
 
 def test_each_score_is_what_its_function_says():
-    order = np.random.RandomState(0).permutation(300)
-    z = ID[np.sort(order[30:])]
-    for method, score in (("gaussian", fit_gaussian(z)), ("knn", fit_knn(z, k=7))):
-        expected = score(ID_TEST)
-        np.testing.assert_array_equal(tiny(method, k=7).fit(ID).ood_score(ID_TEST), expected)
+    for method, score in (("gaussian", fit_gaussian(ID)), ("knn", fit_knn(ID, k=7))):
+        scores = tiny(method, k=7).fit(ID).ood_score(ID_TEST)
+        np.testing.assert_allclose(scores, score(ID_TEST), rtol=1e-6)
     detector = tiny("mse").fit(ID)
     noise = fixed_noise(4, 32, seed=0)
     back = reconstruct(detector.score_.keywords["network"], ID_TEST, ddim_released, t=3, noise=noise)
-    np.testing.assert_array_equal(detector.ood_score(ID_TEST), mse(ID_TEST, back))
+    np.testing.assert_allclose(detector.ood_score(ID_TEST), mse(ID_TEST, back), rtol=1e-5)
     for layers in ("2..M", "all"):
         scores = tiny("mfsim", layers=layers).fit(ID).ood_score(ID_TEST)
-        np.testing.assert_array_equal(scores, mfsim(ID_TEST, back, CHANNELS, layers=layers))
+        expected = mfsim(ID_TEST, back, CHANNELS, layers=layers)
+        np.testing.assert_allclose(scores, expected, rtol=1e-5)
 
 
 @EVERY_METHOD
 def test_an_images_score_depends_on_no_other_image_and_not_on_its_place(method):
     detector = tiny(method).fit(ID)
-    scores = detector.ood_score(ID_TEST)
     order = np.random.RandomState(0).permutation(100)
-    np.testing.assert_allclose(detector.ood_score(ID_TEST[order]), scores[order], rtol=1e-5)
-    mixed = detector.ood_score(np.concatenate([OOD, ID_TEST]))[-100:]
-    np.testing.assert_allclose(mixed, scores, rtol=1e-5)
-    alone = [detector.ood_score(ID_TEST[[i]])[0] for i in range(0, 100, 9)]
-    np.testing.assert_allclose(alone, scores[::9], rtol=1e-5)
+    for values in (detector.ood_score, detector.p_values, detector.score_samples):
+        found = values(ID_TEST)
+        np.testing.assert_array_equal(values(ID_TEST[order]), found[order])
+        mixed = values(np.concatenate([OOD, ID_TEST]))[-100:]
+        np.testing.assert_array_equal(mixed, found)
+        alone = [values(ID_TEST[[i]])[0] for i in range(0, 100, 9)]
+        np.testing.assert_array_equal(alone, found[::9])
 
 
 def test_the_seed_fixes_the_scores():
@@ -147,7 +185,8 @@ def test_setting_parameters_changes_no_fitted_detector(method, tmp_path):
 def test_few_images_are_enough(method, n):
     detector = DLSRDetector(**TINY, method=method).fit(ID[:n])
     assert np.isfinite(detector.ood_score(OOD)).all()
-    assert np.isfinite(detector.threshold_)
+    assert detector.threshold_ == 0
+    assert np.isfinite(detector.p_values(OOD)).all()
 
 
 # What is refused
@@ -162,6 +201,8 @@ def test_few_images_are_enough(method, n):
         ({"method": "knn", "k": 0}, "k=0"),
         ({"calibration_fraction": 1.0}, "calibration_fraction=1.0"),
         ({"calibration_fraction": 0}, "calibration_fraction=0"),
+        ({"flag_rate": 5}, "5 was given as flag_rate"),
+        ({"folds": 1}, "folds=1"),
         ({"method": "mse", "width": 7}, "even width"),
         ({"method": "mse", "epochs": 0}, "epochs"),
         ({"channels": (16, 15)}, "channels=(16, 15)"),
@@ -185,6 +226,8 @@ def test_impossible_vectors_are_refused():
     for n, told in ((1, "minimum of 2"), (2, "3 vectors or more")):
         with pytest.raises(UserError, match=told):
             tiny().fit(ID[:n])
+    with pytest.raises(UserError, match="copies of one image"):
+        tiny().fit(np.repeat(ID[:1], 40, axis=0))
 
 
 # On disk
@@ -200,7 +243,8 @@ def test_saving_and_loading_changes_no_bit(method, tmp_path):
     assert torch.equal(torch.random.get_rng_state(), state)
     np.testing.assert_array_equal(loaded.ood_score(ID_TEST), detector.ood_score(ID_TEST))
     np.testing.assert_array_equal(loaded.predict(OOD), detector.predict(OOD))
-    assert loaded.threshold_ == detector.threshold_
+    np.testing.assert_array_equal(loaded.p_values(OOD), detector.p_values(OOD))
+    assert (loaded.threshold_, loaded.offset_) == (detector.threshold_, detector.offset_)
     assert loaded.get_params() | {"channels": CHANNELS} == tiny(method).get_params()
     assert loaded.about_ == {"encoder": "fake"}
     assert set(loaded.versions_) == {"dlsr", "torch"}
@@ -229,9 +273,35 @@ def test_what_is_no_detector_of_this_version_is_refused(saved, tmp_path, monkeyp
         with pytest.raises(UserError, match=told) as error:
             DLSRDetector.load(tmp_path / name)
         one_sentence(error)
-    monkeypatch.setattr(module, "FORMAT", 3)
-    with pytest.raises(UserError, match="has the format 2, 3 is needed"):
+    monkeypatch.setattr(module, "FORMAT", 4)
+    with pytest.raises(UserError, match="has the format 3, 4 is needed"):
         DLSRDetector.load(saved[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("calibration", lambda a: a[:-1]),
+        ("calibration", lambda a: np.full_like(a, np.nan)),
+        ("fold", lambda a: a - 1),
+        ("fold", lambda a: a.astype(np.float32)),
+        ("location", lambda a: a[:-1]),
+        ("precision", lambda a: a * np.inf),
+        ("fold_precision", lambda a: a[:-1]),
+        ("flag_rate", lambda a: 2),
+        ("method", lambda a: "knn"),
+        ("channels", lambda a: 7),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused_also_with_a_right_checksum(name, change, tmp_path):
+    detector = tiny().fit(ID)
+    place = detector.arrays_ if name in detector.arrays_ else detector.settings_
+    with np.errstate(invalid="ignore"):
+        place[name] = change(place[name])
+    detector.save(tmp_path / "detector")
+    with pytest.raises(UserError, match="is no detector") as error:
+        DLSRDetector.load(tmp_path / "detector")
+    one_sentence(error)
 
 
 KILLED = """

@@ -18,7 +18,8 @@ except ModuleNotFoundError:  # Python 3.10, where pytest brings its twin
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = [
     "errors", "cache", "downloads", "data", "encoders", "backends", "features", "lfdn", "diffusion",
-    "training", "scores", "metrics", "baselines", "detector", "cluster", "evaluation", "plots", "cli",
+    "training", "scores", "metrics", "baselines", "conformal", "detector", "explain", "report",
+    "cluster", "evaluation", "plots", "cli",
 ]  # fmt: skip
 PACKAGE, STUDY = sorted(ROOT.glob("dlsr/*.py")), sorted(ROOT.glob("dlsr/study/*.py"))
 TREES = {file: ast.parse(file.read_text("utf-8")) for file in PACKAGE + STUDY}
@@ -31,7 +32,7 @@ FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 @pytest.mark.parametrize(
-    ("files", "limit"), [("dlsr/*.py", 2280), ("dlsr/study/*.py", 1000), ("tests/*.py", 4900)]
+    ("files", "limit"), [("dlsr/*.py", 3020), ("dlsr/study/*.py", 1250), ("tests/*.py", 5800)]
 )
 def test_the_files_are_short(files, limit):
     lines = {file.name: file.read_text("utf-8").count("\n") for file in ROOT.glob(files)}

@@ -4,12 +4,14 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from dlsr.baselines import fit_gaussian
 from dlsr.errors import UserError
 from dlsr.metrics import auroc
 from dlsr.study.baselines import (
     BottleneckNetwork,
     VariationalNetwork,
     fit_autoencoder,
+    fit_clusters,
     fit_flow,
     fit_forest,
     fit_kernel_pca,
@@ -20,6 +22,7 @@ from dlsr.study.baselines import (
 )
 from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
+from sklearn.covariance import LedoitWolf
 from sklearn.decomposition import PCA
 from sklearn.kernel_approximation import Nystroem
 from sklearn.metrics.pairwise import rbf_kernel
@@ -36,6 +39,7 @@ TINY = {
     "pca": partial(fit_pca, components=4),
     "kernel": partial(fit_kernel_pca, components=8, landmarks=40),
     "mixture": partial(fit_mixture, components=2, principal=5),
+    "clusters": partial(fit_clusters, clusters=4),
     "forest": partial(fit_forest, trees=20),
     "flow": partial(fit_flow, principal=5, transforms=2, hidden=8, epochs=2, batch_size=64),
     "linear": partial(fit_autoencoder, hidden=(), **QUICK),
@@ -99,6 +103,24 @@ def test_the_mixture_is_a_sum_of_scipys_gaussians(components):
     logs = [math.log(w) + multivariate_normal(mean, cov).logpdf(inside) for w, mean, cov in parts]
     scores = fit_mixture(ID, components=components, principal=6)(OOD)
     np.testing.assert_allclose(scores, -logsumexp(logs, axis=0), rtol=1e-4)
+
+
+def test_one_cluster_is_one_gaussian():
+    np.testing.assert_allclose(fit_clusters(ID, clusters=1)(OOD), fit_gaussian(ID)(OOD), rtol=1e-4)
+
+
+def test_clusters_share_the_covariance_about_their_own_means():
+    picks = np.random.RandomState(0)
+    places, root = 30 * picks.randn(3, 5), picks.randn(5, 5)
+    labels = np.repeat([0, 1, 2], [40, 50, 60])
+    x = (places[labels] + picks.randn(150, 5) @ root).astype(np.float32)
+    means = np.stack([x[labels == label].mean(axis=0) for label in range(3)]).astype(float)
+    precision = LedoitWolf(assume_centered=True).fit(x - means[labels]).precision_
+    test = (places[labels] + 3 * picks.randn(150, 5)).astype(np.float32)
+    apart = test[:, None] - means
+    squared = np.einsum("nkc,cd,nkd->nk", apart, precision, apart)
+    np.testing.assert_allclose(fit_clusters(x, clusters=3)(test), squared.min(axis=1), rtol=1e-3)
+    assert fit_clusters(x, clusters=3)(means)[0] < 0.1 < fit_gaussian(x)(means)[0]
 
 
 def test_densities_leave_out_directions_without_variance():

@@ -85,6 +85,19 @@ def test_the_per_image_table_keeps_scores_and_provenance(scores):
     assert table.attrs["about"]["seeding"] == "v1"
 
 
+def test_a_later_pages_scores_stand_beside_the_committed_ones_of_the_same_images(scores):
+    later = scores.per_image()[["set", "image", "seed", "MFsim"]].rename(columns={"MFsim": "new"})
+    later = later[later["set"] != "textures, matched"].sample(frac=1, random_state=0)
+    both = report.beside(scores, later.assign(experiment="any"))
+    assert both.methods["title"].tolist() == [*NAMES.values(), "new"]
+    assert set(both.values) == {key for key in scores.values if key[0] != "textures"}
+    for key, values in both.values.items():
+        np.testing.assert_array_equal(values[-1], values[1])
+        np.testing.assert_array_equal(values[:-1], scores.values[key])
+    with pytest.raises(KeyError):
+        report.beside(scores, later[later["image"] != later["image"].iloc[0]])
+
+
 def test_committed_results_are_read_by_todays_names(monkeypatch):
     with pytest.raises(UserError, match="is not here; change to the project's folder") as error:
         report.read_table("paired")
