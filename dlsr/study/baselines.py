@@ -10,12 +10,15 @@ from functools import partial
 
 import numpy as np
 import torch
+from sklearn.cluster import KMeans
+from sklearn.covariance import LedoitWolf
 from sklearn.decomposition import PCA
 from sklearn.ensemble import IsolationForest
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.kernel_approximation import Nystroem
 from sklearn.metrics.pairwise import euclidean_distances
 from sklearn.mixture import GaussianMixture
+from threadpoolctl import threadpool_limits
 from torch import nn
 from zuko.flows import MAF
 
@@ -88,6 +91,28 @@ def fit_mixture(
         warnings.simplefilter("ignore", ConvergenceWarning)
         mixture.fit(_in_chunks(pca.transform, np.float64)(x))
     return _in_chunks(lambda x: -mixture.score_samples(pca.transform(x)))
+
+
+def fit_clusters(x: np.ndarray, *, clusters: int = 100, seed: int = 0) -> Score:
+    """Score by the smallest squared Mahalanobis distance from a cluster's mean.
+
+    The clusters are those of k-means in place of classes (Lee et al. 2018; SSD of Sehwag et al.
+    2021). All share one covariance, that of the vectors about their own cluster's mean, shrunk by
+    Ledoit and Wolf's formula. With one cluster this is `fit_gaussian`.
+    """
+    x = checked(x)
+    options = {"n_init": 1, "max_iter": 100, "random_state": seed}
+    with threadpool_limits(1), warnings.catch_warnings():  # threads would sum in any order
+        warnings.simplefilter("ignore", ConvergenceWarning)  # there may be fewer distinct vectors
+        labels = KMeans(min(clusters, len(x)), **options).fit_predict(x)
+    x = x.astype(float)
+    means = np.stack([x[labels == label].mean(axis=0) for label in np.unique(labels)])
+    within = LedoitWolf(assume_centered=True).fit(x - means[labels])
+    variances, vectors = np.linalg.eigh(within.precision_)
+    whiten = vectors * np.sqrt(variances.clip(0))
+    known = means @ whiten
+    nearest = lambda x: euclidean_distances(x @ whiten, known, squared=True).min(axis=1)  # noqa: E731
+    return _in_chunks(nearest)
 
 
 def fit_forest(x: np.ndarray, *, trees: int = 300, seed: int = 0) -> Score:

@@ -2,7 +2,8 @@
 
 Every table has the columns features (``z0`` or ``raw``), name, title and kind of a method. Kinds
 are ``paper``, ``baseline``, ``fused`` (the score that the search chose), ``control`` and ``seed``
-(the fused score with something else in the network's place), and ``layer`` (one layer alone).
+(the fused score with something else in the network's place), ``layer`` (one layer alone), and
+``other`` (of a later page, by `beside`).
 Values are in percent and differences in points, both of AUROC unless ``metric`` says otherwise.
 """
 
@@ -16,7 +17,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from dlsr.errors import UserError
-from dlsr.evaluation import project_folder, provenance
+from dlsr.evaluation import KEYS, project_folder, provenance
 from dlsr.features import pick_device
 from dlsr.metrics import METRICS, bootstrap
 from dlsr.study.paired import delong, holm, paired_p
@@ -26,6 +27,7 @@ METHOD = ["features", "name", "title", "kind"]
 MEANS = ("near", "far", "all")  # unweighted, over the report sets
 NORMAL_975 = 1.959964  # the normal distribution's 97.5 % quantile
 FUSED, NO_NETWORK = "kNN + Gaussian + MSE (fused)", "kNN + Gaussian (no network)"
+CLUSTERED = "clusters + kNN (no network)"
 OLD_VALUES = {  # committed results have older names, which `_renamed` alone maps
     "kind": {"rival": "baseline", "recommended": "fused"},
     "name": {"recommended": "fused", "removed": "no_network", "reseeded": "other_seed"},
@@ -133,6 +135,24 @@ def read_scores(encoder: str, part: str = "") -> Scores:
         {key: columns[:, here[place]] for place, key in keys.items()},
         {key: images[here[place]].reset_index() for place, key in keys.items()},
     )
+
+
+def beside(scores: Scores, per_image: pd.DataFrame, kind: str = "other") -> Scores:
+    """Return ``scores`` with the methods of a later page as more rows, on the same images.
+
+    ``per_image`` is what `Scores.per_image` returned there. Images are matched by their names.
+    Sets that the later page has not scored are left out.
+    """
+    titles = [name for name in per_image if name not in (*KEYS, "experiment")]
+    values = {}
+    for key, known in scores.values.items():
+        rows = per_image[per_image["set"] == ", ".join(key)].set_index("image")
+        if len(rows):
+            added = rows.loc[scores.images[key]["image"], titles]
+            values[key] = np.vstack([known, added.to_numpy().T])
+    added = pd.DataFrame([["z0", title, title, kind] for title in titles], columns=METHOD)
+    methods = pd.concat([scores.methods, added], ignore_index=True)
+    return Scores(scores.protocol, methods, values, scores.images)
 
 
 def _committed(name: str) -> Path:
