@@ -1,5 +1,6 @@
 # make test      ruff and pytest
 # make book      executes every page and builds the book
+# make pages     the book, and a look at each page in Chromium, wide and narrow: does all fit and load?
 # make results PROFILE=pack [ITEM=08_near_ood] [OPTIONS="-p seeds 1"]
 #                measures; the only writer of results/
 # make bench     measures speed; bench-memory, bench-precision and prove (Ray) what their names say;
@@ -25,12 +26,15 @@ ifeq ($(PROFILE)$(filter results,$(MAKECMDGOALS)),results)
 $(error Say which profile: make results PROFILE=pack)
 endif
 .DELETE_ON_ERROR:
-.PHONY: book test results pages bench bench-memory bench-precision prove clean
+.PHONY: book executed pages test results bench bench-memory bench-precision prove clean
 
 book: $(VENV)/installed
-	@$(MAKE) --no-print-directory -j2 pages
+	@$(MAKE) --no-print-directory -j2 executed
 	@$(MAKE) --no-print-directory $(BOOK)
 	@echo "The book lies in $(abspath $(BOOK))"
+
+pages: book $(VENV)/installed-pages
+	$(BIN)/python book/check_pages.py _build/html
 
 test: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -53,7 +57,7 @@ bench-memory: $(VENV)/installed
 prove: $(VENV)/installed
 	$(BIN)/python benchmarks/prove_cluster.py
 
-pages: $(PAGES)
+executed: $(PAGES)
 
 $(VENV)/installed: pyproject.toml $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit("Python $(OLDEST) or newer is needed; run: make PYTHON=python3.12" \
@@ -68,6 +72,10 @@ endif
 ifneq ($(EXTRAS),)
 	$(BIN)/python -m pip install $(if $(LOCK),--constraint $(LOCK)) --editable ".[$(EXTRAS)]"
 endif
+	@touch $@
+
+$(VENV)/installed-pages: $(VENV)/installed
+	$(BIN)/python -m pip install $(if $(LOCK),--constraint $(LOCK)) --editable ".[pages]"
 	@touch $@
 
 # A page is executed with its default profile, aside, and comes into the book when it succeeded.

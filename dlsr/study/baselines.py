@@ -111,8 +111,8 @@ def fit_clusters(x: np.ndarray, *, clusters: int = 100, seed: int = 0) -> Score:
     variances, vectors = np.linalg.eigh(within.precision_)
     whiten = vectors * np.sqrt(variances.clip(0))
     known = means @ whiten
-    nearest = lambda x: euclidean_distances(x @ whiten, known, squared=True).min(axis=1)  # noqa: E731
-    return _in_chunks(nearest)
+    squared = lambda x: euclidean_distances(x @ whiten, known, squared=True)  # noqa: E731
+    return _in_chunks(lambda x: squared(x).min(axis=1))
 
 
 def fit_forest(x: np.ndarray, *, trees: int = 300, seed: int = 0) -> Score:
