@@ -7,6 +7,7 @@ a way to scroll to the rest, and nothing may fail to load or report an error. It
 the package playwright (`make pages` installs the package).
 """
 
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -17,8 +18,9 @@ CUT_OFF = """async () => {
   await window.MathJax?.startup?.promise;
   await document.fonts.ready;
   for (const details of document.querySelectorAll("details")) details.open = true;
-  const found = [], root = document.documentElement;
-  const article = document.querySelector("article") ?? document.body;
+  const found = [];
+  const article = document.querySelector("article") ?? document.querySelector("main") ??
+    document.body;
   const name = (node) => node.tagName.toLowerCase() +
     [...node.classList].map((one) => "." + one).join("");
   for (let box = article; box; box = box.parentElement) {
@@ -38,7 +40,7 @@ CUT_OFF = """async () => {
       if (style.display === "inline" || style.display === "contents") continue;
       if (["auto", "scroll"].includes(style.overflowX)) {
         [left, right] = [outer.left, outer.right];
-      } else if (box !== node && (right > outer.right + 2 || left < outer.left - 2)) {
+      } else if (box !== node && (right > outer.right + 4 || left < outer.left - 4)) {
         const extra = Math.round(Math.max(right - outer.right, outer.left - left));
         found.push(`${what} is ${extra} pixels wider than ${name(box)}, and nothing scrolls`);
         break;
@@ -54,7 +56,8 @@ def faults(folder: Path, browser: str) -> list[str]:
     from playwright.sync_api import sync_playwright
 
     pages = [p for p in sorted(folder.resolve().rglob("*.html")) if "_static" not in p.parts]
-    pages = [p for p in pages if 'http-equiv="refresh"' not in p.read_text("utf-8").lower()]
+    redirect = re.compile("http-equiv=.?refresh", re.IGNORECASE)
+    pages = [p for p in pages if not redirect.search(p.read_text("utf-8"))]
     found: list[str] = []
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"])

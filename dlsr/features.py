@@ -129,7 +129,7 @@ def extract(
         first = images.ids[np.setdiff1d(range(n), rows)[0]]
         told = f"{n - len(rows)} of {n} images of {images.name} cannot be read, {first!r} first"
         if on_error == "raise" or not len(rows):
-            raise UserError(f"{told}; mend or remove them, or skip them (--skip-unreadable).")
+            raise UserError(f"{told}; mend or remove them, or skip them (on_error='skip').")
         tqdm.write(f"{told}; they are left out.", file=sys.stderr)
         values, images = values[rows], images.take(rows)
     about = (encoder.channels, encoder.weights_sha256, str(device))

@@ -82,7 +82,7 @@ def comparison_table(both: pd.DataFrame, metric: str = "auroc", *, caption: str 
 
 def _cell(row: pd.Series) -> str:
     value = f"<b>{row['value']:.1f}</b>" if row["best"] else f"{row['value']:.1f}"
-    return f"{value}<span class='interval'>{row['ci_low']:.1f} to {row['ci_high']:.1f}</span>"
+    return f"{value} <span class='interval'>{row['ci_low']:.1f} to {row['ci_high']:.1f}</span>"
 
 
 def auroc_scale(axis: Axes, *, low: float = 50.0, which: str = "x") -> None:
