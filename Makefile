@@ -3,7 +3,8 @@
 # make pages     the book, and a look at each page in Chromium, wide and narrow: does all fit and load?
 # make results PROFILE=pack [ITEM=08_near_ood] [OPTIONS="-p seeds 1"]
 #                measures; the only writer of results/
-# make bench     measures speed; bench-memory, bench-precision and prove (Ray) what their names say;
+# make bench     measures speed; bench-folders, bench-memory, bench-precision and prove (Ray) what
+#                their names say;
 #                each writes into benchmarks/
 # All make .venv first, with the versions of requirements.lock. make LOCK= takes the newest versions
 # that pyproject.toml allows instead, make EXTRAS=fast,ray the optional packages too. Nothing is
@@ -26,7 +27,7 @@ ifeq ($(PROFILE)$(filter results,$(MAKECMDGOALS)),results)
 $(error Say which profile: make results PROFILE=pack)
 endif
 .DELETE_ON_ERROR:
-.PHONY: book executed pages test results bench bench-memory bench-precision prove clean
+.PHONY: book executed pages test results bench bench-folders bench-memory bench-precision prove clean
 
 book: $(VENV)/installed
 	@$(MAKE) --no-print-directory -j2 executed
@@ -50,6 +51,9 @@ bench: $(VENV)/installed
 
 bench-precision: $(VENV)/installed
 	$(BIN)/python benchmarks/precision.py
+
+bench-folders: $(VENV)/installed
+	$(BIN)/python benchmarks/own_folders.py
 
 bench-memory: $(VENV)/installed
 	$(BIN)/python benchmarks/memory.py
