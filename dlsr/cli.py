@@ -95,12 +95,12 @@ def _score(options: argparse.Namespace) -> None:
     images, features, reasons = _features(options, encoder)
     rate = options.flag_rate or detector.settings_["flag_rate"]
     table = _table(detector, images, features, reasons, options.fdr, rate)
+    rule = _rule(detector.n_calibration_, len(images) - len(reasons), options.fdr, rate)
     if options.html:
-        _write_report(options, detector, encoder, images, features, table, rate)
+        _write_report(options, detector, encoder, images, features, table, rate, rule)
     _print_or_write(table, options)
     counts, names = table["verdict"].value_counts(), ("OOD", "ID", "unreadable")
     parts = ", ".join(f"{counts.get(name, 0)} {name}" for name in names)
-    rule = _rule(detector.n_calibration_, len(images) - len(reasons), options.fdr, rate)
     _notice(f"{len(images)} images: {parts}; OOD means {rule}.")
     if features is None:
         raise UserError(f"no image of {images.name} can be read; {images.ids[0]}: {reasons[0]}")
@@ -131,14 +131,18 @@ def _print_or_write(table, options: argparse.Namespace) -> None:
         print(table.to_json(orient="records", indent=1, double_precision=15))
     if not options.target:
         return None if options.json else print(table.to_string(index=False, na_rep=""))
-    # A spreadsheet would take a cell that begins so for a formula.
-    table["image"] = table["image"].str.replace(r"^(?=[=+\-@\t\r])", "'", regex=True)
+    table["image"] = _defused(table["image"])
     if str(options.target) == "-":
         return table.to_csv(sys.stdout, index=False)
     replace_file(options.target, lambda path: table.to_csv(path, index=False))
 
 
-def _write_report(options, detector, encoder, images, features, table, rate) -> None:
+def _defused(names):
+    """Return a column's names as a list, in which a spreadsheet takes none for a formula."""
+    return [f"'{name}" if name.startswith(tuple("=+-@\t\r")) else name for name in names]
+
+
+def _write_report(options, detector, encoder, images, features, table, rate, rule) -> None:
     """Write the report; with the familiar images it has heat maps, neighbours and layers."""
     import numpy as np
 
@@ -147,10 +151,8 @@ def _write_report(options, detector, encoder, images, features, table, rate) -> 
 
     called, extra = table["verdict"] == "OOD", {}
     limit = flag_limit(detector.n_calibration_, rate)
-    rule = f"p <= {limit:.4g}"
     if options.fdr:
         limit = table["p_value"][called].max() if called.any() else 0.0
-        rule = f"a false discovery rate of {100 * options.fdr:.3g} %"
     if options.familiar and features is not None:
         familiar = dlsr.extract(options.familiar, encoder, on_error="skip")  # cached at the fit
         at = np.searchsorted(features.rows, report.strangest(table))
@@ -186,8 +188,9 @@ def _rule(n: int, scored: int, fdr: float | None, rate: float) -> str:
 
 def _score_by_ray(options: argparse.Namespace) -> None:
     """Write the scores block by block, as they come, in any order."""
-    if str(options.target) in ("None", "-") or options.json or options.fdr:
-        raise UserError("--engine ray was given without --csv FILE, or with --json or --fdr.")
+    if str(options.target) in ("None", "-") or options.json or options.fdr or options.html:
+        told = "--engine ray was given without --csv FILE, or with --json, --fdr or --html"
+        raise UserError(f"{told}; name a file, and leave those out.")
     from dlsr.cluster import score_images, start_ray
     from dlsr.data import data_folder
 
@@ -200,6 +203,7 @@ def _score_by_ray(options: argparse.Namespace) -> None:
 
     def write(file: Path) -> None:
         for block in scores.iter_batches(batch_size=None, batch_format="pandas"):
+            block["path"] = _defused(block["path"])
             block.to_csv(file, mode="a", header=not counts, index=False)
             counts.update(block["verdict"])
 

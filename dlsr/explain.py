@@ -12,6 +12,7 @@ from functools import partial
 import numpy as np
 import torch
 from sklearn.neighbors import NearestNeighbors
+from sklearn.preprocessing import normalize
 from tqdm import tqdm
 
 from dlsr.baselines import Score, checked, fit_gaussian
@@ -59,8 +60,7 @@ def knn_parts(
     z0: np.ndarray, *, vectors: np.ndarray, k: int, channels: Sequence[int]
 ) -> np.ndarray:
     """Return what each layer adds to the square of `dlsr.baselines.knn_score`, (N, M)."""
-    x = checked(z0, vectors.shape[1])
-    x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    x = normalize(checked(z0, vectors.shape[1]))
     _, rows = nearest(x, vectors, k=k)
     return _by_layer(x - vectors[rows[:, -1]], channels)
 

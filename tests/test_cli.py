@@ -222,6 +222,24 @@ def test_a_network_gets_500_updates(photos, tmp_path):
     assert DLSRDetector.load(tmp_path / "detector").epochs == 500
 
 
+@pytest.mark.parametrize("rate", [[], ["--fdr", "0.5"]])
+def test_a_report_says_the_rule_and_shows_every_image(rate, photos, detector, tmp_path, capsys):
+    report = tmp_path / "report.html"
+    command = ["score", str(detector), str(photos), "--html", str(report), *rate]
+    assert main(command) == 0
+    rule = capsys.readouterr().err.strip().splitlines()[-1].split("OOD means ")[1].rstrip(".")
+    text = report.read_text("utf-8")
+    assert rule.replace("<", "&lt;") in text and "000.png" in text
+    assert text.count("data:image/jpeg") == 40
+    assert "is there already" in refused(capsys, *command)
+
+
+def test_a_report_on_a_cluster_is_refused(photos, detector, tmp_path, capsys):
+    command = ["score", detector, photos, "--csv", tmp_path / "x.csv", "--engine", "ray"]
+    assert "--html" in refused(capsys, *command, "--html", tmp_path / "x.html")
+    assert not (tmp_path / "x.html").exists()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only there a name may be any bytes")
 def test_a_name_that_is_no_text_is_written_all_the_same(photos, detector, tmp_path):
     name = os.fsencode(photos) + b"/caf\xe9.png"
