@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import dlsr
-from dlsr.cache import cache_folder, replace_file
+from dlsr.cache import replace_file
 from dlsr.errors import UserError
 
 METHOD = (
@@ -27,15 +27,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: _notice(message)
         try:
-            for target in (getattr(options, name, None) for name in ("target", "html")):
-                _check_target(target, getattr(options, "overwrite", False))
-            if getattr(options, "max_pixels", 0):  # Pillow refuses what has twice its limit
+            for target in (options.target, options.html):
+                _check_target(target, options.overwrite)
+            if options.max_pixels:  # Pillow refuses what has twice its limit
                 from PIL import Image
 
                 Image.MAX_IMAGE_PIXELS = options.max_pixels / 2
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            # What is heavy is imported there, so that Ctrl-C is caught here.
-            {"fit": _fit, "score": _score, "info": _info, "sets": _sets}[options.command](options)
+            options.run(options)  # it imports what is heavy, so that Ctrl-C is caught here
             sys.stdout.flush()
         except BrokenPipeError:  # the reader of the output, such as `head`, has enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -82,22 +81,28 @@ def _fit(options: argparse.Namespace) -> None:
     about = {"encoder": options.encoder, "weights_sha256": features.weights_sha256}
     about |= {"images": len(z0), "copies": len(features) - len(z0), "unreadable": len(reasons)}
     detector.save(options.target, about=about | {"backend": features.backend})
-    _rule(detector.n_calibration_, 0, None, detector.flag_rate)
+    _limit(detector.n_calibration_, (), None, detector.flag_rate)
     print(f"Fitted on {len(z0)} images, of which {detector.n_calibration_} calibrate.")
 
 
 def _score(options: argparse.Namespace) -> None:
+    import numpy as np
+
     if options.engine == "ray":
         return _score_by_ray(options)
     detector = dlsr.DLSRDetector.load(options.detector)
     encoder = dlsr.create_encoder(detector.encoder_name())
     detector.encoder_name(encoder.weights_sha256)
     images, features, reasons = _features(options, encoder)
+    p, scores, rows = np.empty(0), np.empty(0), []
+    if features is not None:
+        z0, rows = features.z0(), features.rows
+        p, scores = detector.p_values(z0), detector.ood_score(z0)
     rate = options.flag_rate or detector.settings_["flag_rate"]
-    table = _table(detector, images, features, reasons, options.fdr, rate)
-    rule = _rule(detector.n_calibration_, len(images) - len(reasons), options.fdr, rate)
+    limit, rule = _limit(detector.n_calibration_, p, options.fdr, rate)
+    table = _table(images, reasons, rows, scores, p, limit)
     if options.html:
-        _write_report(options, detector, encoder, images, features, table, rate, rule)
+        _write_report(options, detector, encoder, images, features, table, limit, rule)
     _print_or_write(table, options)
     counts, names = table["verdict"].value_counts(), ("OOD", "ID", "unreadable")
     parts = ", ".join(f"{counts.get(name, 0)} {name}" for name in names)
@@ -106,23 +111,19 @@ def _score(options: argparse.Namespace) -> None:
         raise UserError(f"no image of {images.name} can be read; {images.ids[0]}: {reasons[0]}")
 
 
-def _table(detector, images, features, reasons: dict[int, str], fdr: float | None, rate: float):
+def _table(images, reasons: dict[int, str], rows, scores, p, limit: float):
     """Return a row for each image: image, ood_score, p_value, verdict, reason; OOD comes first."""
     import pandas as pd
 
-    from dlsr.conformal import benjamini_hochberg
+    from dlsr.report import in_order
 
     # A file's name need not be UTF-8; bytes that are not are written as \udc..
     names = [name.encode("utf-8", "backslashreplace").decode() for name in images.ids]
     table = pd.DataFrame({"image": names, "ood_score": float("nan"), "p_value": float("nan")})
     table["verdict"], table["reason"] = "unreadable", pd.Series(reasons, dtype=object)
-    if features is not None:
-        z0, rows = features.z0(), features.rows
-        p = detector.p_values(z0)
-        out = p <= rate if fdr is None else benjamini_hochberg(p, fdr)
-        table.loc[rows, "ood_score"], table.loc[rows, "p_value"] = detector.ood_score(z0), p
-        table.loc[rows, "verdict"] = ["OOD" if one else "ID" for one in out]
-    return table.sort_values(["p_value", "ood_score"], ascending=[True, False])
+    table.loc[rows, "ood_score"], table.loc[rows, "p_value"] = scores, p
+    table.loc[rows, "verdict"] = ["OOD" if one <= limit else "ID" for one in p]
+    return in_order(table)
 
 
 def _print_or_write(table, options: argparse.Namespace) -> None:
@@ -142,17 +143,13 @@ def _defused(names):
     return [f"'{name}" if name.startswith(tuple("=+-@\t\r")) else name for name in names]
 
 
-def _write_report(options, detector, encoder, images, features, table, rate, rule) -> None:
+def _write_report(options, detector, encoder, images, features, table, limit, rule) -> None:
     """Write the report; with the familiar images it has heat maps, neighbours and layers."""
     import numpy as np
 
     from dlsr import explain, report
-    from dlsr.conformal import flag_limit
 
-    called, extra = table["verdict"] == "OOD", {}
-    limit = flag_limit(detector.n_calibration_, rate)
-    if options.fdr:
-        limit = table["p_value"][called].max() if called.any() else 0.0
+    extra = {}
     if options.familiar and features is not None:
         familiar = dlsr.extract(options.familiar, encoder, on_error="skip")  # cached at the fit
         at = np.searchsorted(features.rows, report.strangest(table))
@@ -165,25 +162,29 @@ def _write_report(options, detector, encoder, images, features, table, rate, rul
     )  # fmt: skip
 
 
-def _rule(n: int, scored: int, fdr: float | None, rate: float) -> str:
-    """Return what OOD means, by n familiar images; say where these are too few for it."""
-    from dlsr.conformal import fewest_discoveries, flag_limit
+def _limit(n: int, p, fdr: float | None, rate: float) -> tuple[float, str]:
+    """Return the largest p-value that is called OOD, or 0, by n familiar images, and the rule.
+
+    Where these are too few for any, a line says so.
+    """
+    from dlsr.conformal import benjamini_hochberg, fewest_discoveries, flag_limit
 
     if fdr is not None:
-        least = fewest_discoveries(n, scored, fdr)
+        least = fewest_discoveries(n, len(p), fdr)
         if least > 1:
             _notice(
-                f"With {n} familiar images, {least} of {scored} must have the smallest p-value "
+                f"With {n} familiar images, {least} of {len(p)} must have the smallest p-value "
                 f"before any is called OOD at a false discovery rate of {100 * fdr:.3g} %."
             )
-        return f"a false discovery rate of {100 * fdr:.3g} %"
+        found = p[benjamini_hochberg(p, fdr)]
+        return found.max(initial=0.0), f"a false discovery rate of {100 * fdr:.3g} %"
     limit = flag_limit(n, rate)
     if not limit:
         _notice(
             f"{n} familiar images cannot support {100 * rate:.3g} %; the finest is "
             f"{100 / (n + 1):.2g} %: no image is called OOD."
         )
-    return f"p <= {limit:.4g}"
+    return limit, f"p <= {limit:.4g}"
 
 
 def _score_by_ray(options: argparse.Namespace) -> None:
@@ -225,29 +226,15 @@ def _info(options: argparse.Namespace) -> None:
         print(f"{name:20} {value}")
 
 
-def _sets(options: argparse.Namespace) -> None:
-    from dlsr.data import BUILT_IN, data_folder, load_images, registry
-
-    if options.download:
-        load_images(options.download)
-    print(f"data folder (DLSR_DATA): {data_folder()}")
-    for key, row in registry().items():
-        places = [data_folder() / key, data_folder() / f"{key}.parquet"]
-        places += [cache_folder() / "data" / row.md5] if row.md5 else []
-        places += [cache_folder() / "torchvision" / f"{key}.complete"]
-        here = row.source == BUILT_IN or any(place.exists() for place in places)
-        print(f"{key:20} {row.images or '':>6} images  {'here' if here else 'not here'}")
-
-
 def _features(options: argparse.Namespace, encoder):
     """Return the images, their features, or None if none is readable, and why others are not."""
     images = dlsr.load_images(options.images)
     if images.left_out:
         _notice(f"{images.left_out} of {options.images} are left out.")
-    if all(images.reason(i) for i in range(len(images))):  # most often the first is readable
-        return images, None, {i: images.reason(i) for i in range(len(images))}
-    features = dlsr.extract(images, encoder, on_error="skip")
-    lost = sorted(set(range(len(images))) - set(features.rows.tolist()))
+    features, lost = None, range(len(images))
+    if not all(images.reason(i) for i in lost):  # most often the first is readable
+        features = dlsr.extract(images, encoder, on_error="skip")
+        lost = sorted(set(lost) - set(features.rows.tolist()))
     return images, features, {i: images.reason(i) for i in lost}
 
 
@@ -282,9 +269,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, size in (("width", 720), ("blocks", 8), ("epochs", 30)):
         fit.add_argument(f"--{name}", type=int, default=size, help="for mse, mfsim; %(default)s")
     score = commands.add_parser("score", parents=[saved, images], help="score images by it")
-    score.add_argument(
-        "--csv", **out, help="write the table there, - is stdout; else it is printed"
-    )
+    score.add_argument("--csv", **out, help="write the table there, - is stdout; else print it")
     score.add_argument("--html", type=Path, metavar="FILE", help="write a report with pictures")
     score.add_argument("--familiar", metavar="IMAGES", help="those that were fitted on: with them "
                        "the report has heat maps, layers and nearest images")  # fmt: skip
@@ -295,9 +280,10 @@ def _parser() -> argparse.ArgumentParser:
                        "share Q is familiar, on average (Benjamini and Hochberg)")  # fmt: skip
     score.add_argument("--engine", choices=["ray"], help="on a Ray cluster, by dlsr[ray]")
     score.add_argument("--workers", type=int, default=1, help="of the engine; %(default)s")
-    commands.add_parser("info", parents=[saved], help="what is known of a detector")
-    sets = commands.add_parser("sets", help="list the image sets, and which are here")
-    sets.add_argument("--download", metavar="NAME", help="get this set first")
+    info = commands.add_parser("info", parents=[saved], help="what is known of a detector")
+    parser.set_defaults(target=None, html=None, overwrite=False, max_pixels=0)
+    for command, run in ((fit, _fit), (score, _score), (info, _info)):
+        command.set_defaults(run=run)
     return parser
 
 

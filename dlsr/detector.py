@@ -85,16 +85,14 @@ class DLSRDetector(OutlierMixin, BaseEstimator):
         n, share = len(z), self.calibration_fraction
         channels = tuple(map(int, z.shape[1:] if self.channels is None else self.channels))
         checked_rate(self.flag_rate, "flag_rate")
-        if sum(channels) != z.shape[1] or self.method not in METHODS or not 0 < share < 1 or n < 3:
+        same = "the same " if np.ptp(z, axis=0).max() <= 1e-6 * np.abs(z).max() else ""
+        makes_sense = sum(channels) == z.shape[1] and self.folds > 1 and self.method in METHODS
+        if n < 3 or same or not makes_sense or not 0 < share < 1:
             raise UserError(
-                f"{z.shape} vectors, channels={channels}, method={self.method!r} and "
-                f"calibration_fraction={share} were given; a fit needs 3 vectors or more, channels "
-                f"that sum to their length, one of {', '.join(METHODS)}, and a share in (0, 1)."
-            )
-        if self.folds < 2 or np.ptp(z, axis=0).max() <= 1e-6 * np.abs(z).max():
-            raise UserError(
-                f"{n} vectors and folds={self.folds} were given; a fit needs 2 folds or more, and "
-                "vectors that are not all the same, as those of copies of one image are."
+                f"{n} times {same}{z.shape[1]} numbers, channels={channels}, folds={self.folds}, "
+                f"method={self.method!r} and calibration_fraction={share} were given; a fit needs "
+                "3 vectors or more, not copies of one, channels that sum to their length, 2 folds "
+                f"or more, one of {', '.join(METHODS)}, and a share in (0, 1)."
             )
         # Scoring reads this copy, so that set_params changes nothing before the next fit.
         unused = {"device": None, "progress": False}
@@ -161,10 +159,10 @@ class DLSRDetector(OutlierMixin, BaseEstimator):
         """
         if not {"encoder", "weights_sha256"} <= set(self.about_):
             raise UserError("The detector does not say its encoder; fit it by `dlsr fit`.")
+        name = self.about_["encoder"]
         if weights_sha256 not in ("", self.about_["weights_sha256"]):
-            name = self.about_["encoder"]
             raise UserError(f"{name} has other weights than at the fit; use those, or fit again.")
-        return self.about_["encoder"]
+        return name
 
     def save(self, path: str | Path, *, about: dict | None = None) -> None:
         """Write the fitted detector into one safetensors file, which holds no code.
@@ -174,7 +172,7 @@ class DLSRDetector(OutlierMixin, BaseEstimator):
         """
         check_is_fitted(self)
         content = {"format": FORMAT, "parameters": self.settings_, "versions": self.versions_}
-        content |= {"about": about or self.about_}
+        content["about"] = about or self.about_
         arrays = {name: torch.from_numpy(array) for name, array in self.arrays_.items()}
         write_tensors(Path(path), arrays, content | {"sha256": _sha256(content, self.arrays_)})
 
@@ -225,13 +223,11 @@ class DLSRDetector(OutlierMixin, BaseEstimator):
             fold = np.zeros(held_out, np.int64)
         else:
             fold, arrays = assign_folds(n, self.folds, self.seed), self._train(z)
-        if self.method == "gaussian":
+        if self.method == "gaussian":  # float32 halves the file
             models = [self._train(z[fold != f]) for f in range(fold.max() + 1)]
-            for name in arrays.copy():  # float32 halves the file
-                arrays[f"fold_{name}"] = np.float32([model[name] for model in models])
+            arrays |= {f"fold_{name}": np.float32([m[name] for m in models]) for name in GAUSSIAN}
         arrays["fold"] = fold
-        by_model = _in_blocks(_scores_of(self.settings_, arrays, self.device)[1], z)
-        by_model = np.atleast_2d(by_model)
+        by_model = np.atleast_2d(_in_blocks(_scores_of(self.settings_, arrays, self.device)[1], z))
         return arrays | {"calibration": by_model[fold, np.arange(len(z))]}
 
     def _train(self, z: np.ndarray) -> dict[str, np.ndarray]:
@@ -248,22 +244,16 @@ class DLSRDetector(OutlierMixin, BaseEstimator):
 
 def _check_arrays(settings: dict, arrays: dict[str, np.ndarray]) -> None:
     """Raise ValueError unless the arrays of a file have the shapes that scoring needs."""
-    c, n = sum(settings["channels"]), len(arrays["calibration"])
-    folds = int(arrays["fold"].max()) + 1
-    shapes = {"calibration": (n,), "fold": (n,)}
-    if settings["method"] == "gaussian":
-        shapes |= {"location": (c,), "precision": (c, c)}
-        shapes |= {"fold_location": (folds, c), "fold_precision": (folds, c, c)}
-    elif settings["method"] == "knn":
-        shapes["vectors"] = (n, c)
-    elif settings["method"] not in METHODS or folds > 1:
-        raise ValueError(f"the method {settings['method']!r} with {folds} folds")
-    for name, shape in shapes.items():
-        if arrays[name].shape != shape:
-            raise ValueError(f"{name} has the shape {arrays[name].shape}, not {shape}")
-    broken = [name for name, array in arrays.items() if not np.isfinite(array).all()]
-    if broken or arrays["fold"].min() < 0 or not np.issubdtype(arrays["fold"].dtype, np.integer):
-        raise ValueError(f"its arrays {', '.join(broken) or 'fold'} make no sense")
+    c, n, folds = sum(settings["channels"]), len(arrays["fold"]), 1 + int(arrays["fold"].max())
+    model = {"location": (c,), "precision": (c, c)}
+    shapes = {"knn": {"vectors": (n, c)}, "mse": {}, "mfsim": {}, "gaussian": model.copy()}
+    shapes["gaussian"] |= {f"fold_{name}": (folds, *shape) for name, shape in model.items()}
+    needed = {"calibration": (n,), "fold": (n,)} | shapes[settings["method"]]
+    wrong = [name for name, shape in needed.items() if arrays[name].shape != shape]
+    wrong += [name for name, array in arrays.items() if not np.isfinite(array).all()]
+    single = settings["method"] in ("mse", "mfsim") and folds > 1
+    if wrong or single or arrays["fold"].min() < 0 or arrays["fold"].dtype != np.int64:
+        raise ValueError(f"its arrays {', '.join(wrong) or 'fold'} make no sense")
     checked_rate(settings["flag_rate"], "flag_rate")
 
 
@@ -309,12 +299,9 @@ def _gaussian_by_fold(z: np.ndarray, *, location: np.ndarray, precision: np.ndar
 
 def _knn_by_fold(z: np.ndarray, *, vectors: np.ndarray, fold: np.ndarray, k: int) -> np.ndarray:
     """Return 1 - the cosine to the k-th nearest vector outside each fold, (folds, N)."""
-    apart, found = 1 - normalize(z) @ vectors.T, []
-    for f in range(fold.max() + 1):
-        others = apart[:, fold != f]
-        at = min(k, others.shape[1]) - 1
-        found.append(np.partition(others, at, axis=1)[:, at])
-    return np.stack(found)
+    apart = 1 - normalize(z) @ vectors.T
+    others = [apart[:, fold != f] for f in range(fold.max() + 1)]
+    return np.stack([np.partition(d, at := min(k, d.shape[1]) - 1)[:, at] for d in others])
 
 
 def _reconstruction_score(z: np.ndarray, *, network: LFDN, settings: dict) -> np.ndarray:

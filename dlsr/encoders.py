@@ -89,9 +89,13 @@ class FrozenEncoder(nn.Module):
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return raw values by both poolings, float32 of shape (N, 2, sum(channels))."""
-        maps = self.model(((pixels.float() - self.mean) / self.std).permute(0, 3, 1, 2))
+        maps = self.maps(pixels)
         pooled = [torch.cat([pool(m) for m in maps], dim=1) for pool in (gap, grid14)]
         return torch.stack(pooled, dim=1).float()
+
+    def maps(self, pixels: torch.Tensor) -> list[torch.Tensor]:
+        """Return the layers' maps, (N, C, H, W) each."""
+        return self.model(((pixels.float() - self.mean) / self.std).permute(0, 3, 1, 2))
 
 
 def gap(feature_map: torch.Tensor) -> torch.Tensor:

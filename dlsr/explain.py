@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import normalize
+from torch import nn
 from tqdm import tqdm
 
 from dlsr.baselines import Score, checked, fit_gaussian
@@ -29,13 +30,11 @@ def layer_shares(settings: dict, arrays: dict, z0: np.ndarray) -> np.ndarray | N
 
     ``settings`` and ``arrays`` are a detector's; a method but gaussian and knn gives None.
     """
-    if settings["method"] == "gaussian":
-        split, names = gaussian_parts, ("location", "precision")
-    elif settings["method"] == "knn":
-        split, names = partial(knn_parts, k=settings["k"]), ("vectors",)
-    else:
+    known = {name: arrays[name] for name in ("location", "precision", "vectors") if name in arrays}
+    split = {"gaussian": gaussian_parts, "knn": partial(knn_parts, k=settings.get("k"))}
+    if settings["method"] not in split:
         return None
-    parts = split(z0, channels=settings["channels"], **{name: arrays[name] for name in names})
+    parts = split[settings["method"]](z0, channels=settings["channels"], **known)
     return parts / np.maximum(parts.sum(axis=1, keepdims=True), 1e-12)
 
 
@@ -66,8 +65,7 @@ def knn_parts(
 
 
 def _by_layer(x: np.ndarray, channels: Sequence[int]) -> np.ndarray:
-    parts = [(x[:, layer] ** 2).sum(axis=1) for layer in layer_slices(channels)]
-    return np.stack(parts, axis=1)
+    return np.stack([(x[:, s] ** 2).sum(axis=1) for s in layer_slices(channels)], axis=1)
 
 
 def nearest(z0: np.ndarray, familiar: np.ndarray, *, k: int = 3) -> tuple[np.ndarray, np.ndarray]:
@@ -75,10 +73,9 @@ def nearest(z0: np.ndarray, familiar: np.ndarray, *, k: int = 3) -> tuple[np.nda
 
     The nearest comes first; ``familiar`` is (n, c), and fewer than k of them give n columns.
     """
-    familiar = checked(familiar)
-    options = {"algorithm": "brute", "metric": "cosine"}
-    neighbours = NearestNeighbors(n_neighbors=min(k, len(familiar)), **options).fit(familiar)
-    distances, rows = neighbours.kneighbors(checked(z0, familiar.shape[1]))
+    neighbours = NearestNeighbors(algorithm="brute", metric="cosine").fit(checked(familiar))
+    z0 = checked(z0, neighbours.n_features_in_)
+    distances, rows = neighbours.kneighbors(z0, min(k, len(familiar)))
     return 1 - distances, rows
 
 
@@ -91,21 +88,18 @@ def position_vectors(
     ``maps`` of them, two of EfficientNet with 14x14 and 7x7 positions, are resampled to 14x14 and
     stacked. ``chain`` is that of `dlsr.extract`. Raises `UserError` for an unreadable image.
     """
-    encoder, size = encoder.to(pick_device(device)), (GRID, GRID)
-    options = {"size": size, "mode": "bilinear", "antialias": True}
-    bar = tqdm(total=len(images), unit="image", desc="heat maps", disable=not progress)
-    for rows, pixels in read_batches(images, chain, batch_size):
+    encoder, options = encoder.to(pick_device(device)), {"mode": "bilinear", "antialias": True}
+    batches = read_batches(images, chain, batch_size)
+    total = -(-len(images) // batch_size)
+    for rows, pixels in tqdm(batches, "heat maps", total, unit="batch", disable=not progress):
         for row, image in zip(rows, pixels, strict=True):
             if image is None:
                 images.image(row)  # raises what is wrong with it
-        x = torch.from_numpy(np.stack(pixels)).to(encoder.mean.device)
         with torch.inference_mode():
-            x = ((x.float() - encoder.mean) / encoder.std).permute(0, 3, 1, 2)
-            found = [m.float() for m in encoder.model(x)[-maps:]]
-            found = [torch.nn.functional.interpolate(m, **options) for m in found]
+            x = torch.from_numpy(np.stack(pixels)).to(encoder.mean.device)
+            found = [m.float() for m in encoder.maps(x)[-maps:]]
+            found = [nn.functional.interpolate(m, (GRID, GRID), **options) for m in found]
             yield torch.cat(found, dim=1).permute(0, 2, 3, 1).cpu().numpy()
-        bar.update(len(rows))
-    bar.close()
 
 
 def sample_positions(
@@ -146,9 +140,10 @@ def explained(detector, encoder, features, familiar, at: np.ndarray, usual: np.n
     few = np.sort(np.random.default_rng(0).permutation(len(familiar))[:FAMILIAR])
     positions = sample_positions(vectors(familiar.images.take(few)), len(few))
     heat = heat_maps(vectors(features.images.take(at[order])), fit_positions(positions))
-    shares = partial(layer_shares, detector.settings_, detector.arrays_)
+    shares = layer_shares(detector.settings_, detector.arrays_, z0)
     found = {"familiar": familiar.images, "nearest": nearest(z0[at], familiar.z0())}
-    found |= {"heat": heat[np.argsort(order)], "shares": shares(z0[at])}
-    if found["shares"] is not None and len(usual):
-        found["typical"] = shares(z0[usual]).mean(axis=0)
+    found["heat"] = heat[np.argsort(order)]
+    if shares is not None:
+        typical = shares[usual].mean(axis=0) if len(usual) else None
+        found |= {"shares": shares[at], "typical": typical}
     return found

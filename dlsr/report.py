@@ -21,7 +21,12 @@ HEAT = (240, 70, 0)  # the colour of strange positions
 
 def strangest(rows: pd.DataFrame, n: int = SHOWN) -> list:
     """Return the index of the n strangest scored rows, by p-value and then by score."""
-    return _in_order(rows).index[:n].tolist()
+    return in_order(rows).index[: min(n, rows["ood_score"].count())].tolist()
+
+
+def in_order(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows, the strangest first and the unscored last."""
+    return rows.sort_values(["p_value", "ood_score"], ascending=[True, False], kind="stable")
 
 
 def write_report(
@@ -42,7 +47,7 @@ def write_report(
     and rows in ``familiar``, (N, k) each. Raises `UserError` if one has another length, or if the
     file cannot be written.
     """
-    ordered = _in_order(rows)
+    ordered = in_order(rows).dropna(subset="ood_score")
     index, beside = strangest(rows, shown), nearest or ()
     given = [len(part) for part in (heat, shares, *beside) if part is not None]
     if wrong := set(given) - {len(index)}:
@@ -71,11 +76,6 @@ def _render(**content: object) -> bytes:
     template = Path(__file__).with_suffix(".html").read_text("utf-8")
     html = environment.from_string(template).render(**content)
     return html.encode("utf-8", "backslashreplace")  # a file's name need not be UTF-8
-
-
-def _in_order(rows: pd.DataFrame) -> pd.DataFrame:
-    scored = rows[rows["ood_score"].notna()]
-    return scored.sort_values(["p_value", "ood_score"], ascending=[True, False], kind="stable")
 
 
 def _bars(shares: np.ndarray, typical: np.ndarray | None) -> list[tuple[float, float]]:

@@ -12,7 +12,6 @@ import pytest
 import torch
 from dlsr import cli
 from dlsr.cli import main
-from dlsr.data import registry
 from dlsr.detector import DLSRDetector
 from PIL import Image
 from torch import nn
@@ -252,22 +251,6 @@ def test_a_name_that_is_no_text_is_written_all_the_same(photos, detector, tmp_pa
 # Sets
 
 
-def test_sets_lists_all_and_says_which_are_here(capsys, tmp_path, monkeypatch):
-    (tmp_path / "cifar10").mkdir()
-    (tmp_path / "cifar10" / "test.parquet").touch()
-    monkeypatch.setenv("DLSR_DATA", str(tmp_path))
-    assert main(["sets"]) == 0
-    first, *rest = capsys.readouterr().out.splitlines()
-    assert str(tmp_path) in first
-    lines = {line.split()[0]: line for line in rest}
-    assert set(lines) == set(registry())
-    assert lines["digits/train"].endswith(" here")
-    assert lines["cifar10/test"].endswith("10000 images  here")
-    assert lines["cifar10/train"].endswith("not here")
-    assert main(["sets", "--download", "digits/train"]) == 0
-    assert "'cifar11' is neither" in refused(capsys, "sets", "--download", "cifar11")
-
-
 # Mistakes and interruptions
 
 
@@ -315,12 +298,16 @@ def test_an_interruption_is_one_sentence(photos, tmp_path, monkeypatch, capsys):
     assert "dlsr: interrupted" in capsys.readouterr().err
 
 
-def test_a_warning_is_one_line_and_the_hook_is_put_back(monkeypatch, capsys):
-    show = cli.warnings.showwarning
-    warn = lambda: cli.warnings.warn("another sha256", stacklevel=1) or {}  # noqa: E731
-    monkeypatch.setattr("dlsr.data.registry", warn)
-    assert main(["sets"]) == 0
-    assert capsys.readouterr().err == "dlsr: another sha256\n"
+def test_a_warning_is_one_line_and_the_hook_is_put_back(photos, tmp_path, monkeypatch, capsys):
+    show, load = cli.warnings.showwarning, dlsr.load_images
+
+    def warn(*arguments):
+        cli.warnings.warn("another sha256", stacklevel=1)
+        return load(*arguments)
+
+    monkeypatch.setattr("dlsr.data.load_images", warn)
+    assert fit(photos, tmp_path / "out") == 0
+    assert "\ndlsr: another sha256\n" in f"\n{capsys.readouterr().err}"
     assert cli.warnings.showwarning is show
 
 
@@ -329,10 +316,10 @@ def run(*command, **options):
     return subprocess.run(command, capture_output=True, text=True, check=False, **options)
 
 
-def test_a_reader_that_leaves_early_ends_the_command_quietly():
+def test_a_reader_that_leaves_early_ends_the_command_quietly(detector):
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-m", "dlsr.cli", "sets"]
+    command = [sys.executable, "-m", "dlsr.cli", "info", str(detector)]
     ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writer)
     assert (ended.returncode, ended.stderr) == (141, "")

@@ -226,7 +226,7 @@ def test_impossible_vectors_are_refused():
     for n, told in ((1, "minimum of 2"), (2, "3 vectors or more")):
         with pytest.raises(UserError, match=told):
             tiny().fit(ID[:n])
-    with pytest.raises(UserError, match="copies of one image"):
+    with pytest.raises(UserError, match="not copies of one"):
         tiny().fit(np.repeat(ID[:1], 40, axis=0))
 
 
