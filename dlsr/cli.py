@@ -232,10 +232,10 @@ def _features(options: argparse.Namespace, encoder):
     if images.left_out:
         _notice(f"{images.left_out} of {options.images} are left out.")
     features, lost = None, range(len(images))
-    if not all(images.reason(i) for i in lost):  # most often the first is readable
+    if any(images.attempt(i)[0] for i in lost):  # most often the first
         features = dlsr.extract(images, encoder, on_error="skip")
         lost = sorted(set(lost) - set(features.rows.tolist()))
-    return images, features, {i: images.reason(i) for i in lost}
+    return images, features, {i: images.attempt(i)[1] for i in lost}
 
 
 def _rate(text: str) -> float:

@@ -75,10 +75,9 @@ def _pixels(rows: pa.Table, max_pixels: int = 0) -> dict[str, np.ndarray]:
     images = data.ImageSet("source", paths, paths, files)
     reasons, pixels = np.full(n, "", object), np.zeros((n, *data.INPUT_SIZE, 3), np.uint8)
     for i in range(n):
-        try:
-            pixels[i] = data.resize(images.image(i), [data.INPUT_SIZE])
-        except data.Unreadable as error:
-            reasons[i] = error.reason
+        image, reasons[i] = images.attempt(i)
+        if image:
+            pixels[i] = data.resize(image, [data.INPUT_SIZE])
     return {"path": np.array(paths, object), "pixels": pixels, "reason": reasons}
 
 

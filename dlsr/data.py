@@ -82,12 +82,6 @@ class ParquetImages:
         return self.batch[int(row) - self.first]["bytes"].as_py()
 
 
-class Unreadable(UserError):
-    """An image that cannot be read; ``reason`` says why in a few words."""
-
-    reason = ""
-
-
 @lru_cache
 def formats() -> list[str]:
     """Return Pillow's names of the formats that are read; none of them starts an interpreter.
@@ -126,38 +120,20 @@ class ImageSet:
         """Return image i as 8-bit RGB, turned as its EXIF tag says.
 
         Any Pillow mode is read: 16-bit grey is scaled, transparency laid on white. Raises
-        `Unreadable`, a `UserError`, with the image's name.
+        `UserError` with the image's name and why it cannot be read.
         """
-        try:
-            content = self._content(i)
-            is_array = isinstance(content, np.ndarray)
-            image = Image.fromarray(content) if is_array else _opened(content)
-            image = ImageOps.exif_transpose(image)
-            if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
-                raise ValueError("it has pixels that are NaN or infinite")
-            if image.mode == "F" or image.mode.startswith("I"):
-                top = 65535 if image.mode != "F" else 255 if image.getextrema()[1] > 1 else 1
-                image = image.convert("F").point(lambda grey: grey * (255 / top) + 0.5).convert("L")
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
-        except Exception as error:  # on damaged files, decoders raise almost anything
-            reason = _reason(self.ids[i].lower(), error)
-            refusal = Unreadable(
-                f"Image {self.ids[i]!r} of {self.name} cannot be read ({reason}); mend or remove "
-                "it, or leave such images out with on_error='skip'."
-            )
-            refusal.reason = reason
-            raise refusal from error
+        image, reason = self.attempt(i)
+        if image is None:
+            told = f"Image {self.ids[i]!r} of {self.name} cannot be read ({reason})"
+            raise UserError(f"{told}; mend or remove it, or skip such images (on_error='skip').")
+        return image
 
-    def reason(self, i: int) -> str:
-        """Return why image i cannot be read, or "" if it can."""
+    def attempt(self, i: int) -> tuple[Image.Image | None, str]:
+        """Return `image` i and "", or None and in a few words why it cannot be read."""
         try:
-            self.image(i)
-        except Unreadable as error:
-            return error.reason
-        return ""
+            return _rgb(self._content(i)), ""
+        except Exception as error:  # on damaged files, decoders raise almost anything
+            return None, _reason(self.ids[i].lower(), error)
 
     def _content(self, i: int) -> bytes | np.ndarray:
         content = self.source[i]
@@ -196,8 +172,21 @@ class ImageSet:
         return replace(self, ids=ids, labels=labels, source=Subset(self.source, rows))
 
 
-def _opened(content: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(content), formats=formats())
+def _rgb(content: bytes | np.ndarray) -> Image.Image:
+    if isinstance(content, np.ndarray):
+        image = Image.fromarray(content)
+    else:
+        image = Image.open(io.BytesIO(content), formats=formats())
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
+        raise ValueError("it has pixels that are NaN or infinite")
+    if image.mode == "F" or image.mode.startswith("I"):
+        top = 65535 if image.mode != "F" else 255 if image.getextrema()[1] > 1 else 1
+        image = image.convert("F").point(lambda grey: grey * (255 / top) + 0.5).convert("L")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def _reason(name: str, error: Exception) -> str:

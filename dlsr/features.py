@@ -9,7 +9,6 @@ import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -190,8 +189,8 @@ def read_batches(
     """
 
     def read(i: int, content: object) -> np.ndarray | None:
-        with suppress(UserError):
-            return np.array(resize(replace(images, source={i: content}).image(i), chain))
+        image, _ = replace(images, source={i: content}).attempt(i)
+        return image and np.array(resize(image, chain))
 
     waiting = deque()
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:

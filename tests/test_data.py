@@ -98,7 +98,7 @@ def test_what_is_not_read_has_a_reason_and_starts_no_interpreter(tmp_path, monke
     Image.fromarray(np.full((9, 9), np.inf, np.float32)).save(tmp_path / "set" / "g.tif")
     images = load_images(tmp_path / "set")
     kind = "files of its kind are not read; save it as PNG or JPEG"
-    reasons = dict(zip(images.ids, map(images.reason, range(7)), strict=True))
+    reasons = dict(zip(images.ids, [images.attempt(i)[1] for i in range(7)], strict=True))
     assert [reasons[name] for name in ("a.eps", "c.pdf", "d.svg", "e.NEF")] == [kind] * 4
     assert "no image of a format" in reasons["b.png"]
     assert "pip install 'dlsr[heic]'" in reasons["f.HEIC"]
@@ -117,7 +117,7 @@ def test_the_limit_of_pixels_and_a_decoder_are_part_of_what_a_set_is(tmp_path, m
     images = load_images(write_folder(tmp_path / "photos", 2, size=(20, 20)))
     before = images.sha256
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    assert "it has more than 200 pixels; see --max-pixels" in images.reason(0)
+    assert "it has more than 200 pixels; see --max-pixels" in images.attempt(0)[1]
     assert replace(images).sha256 != before
     monkeypatch.undo()
     hashes = set()
