@@ -61,7 +61,7 @@ def features(key: str, encoder, *, ideas: bool) -> tuple[dict[str, np.ndarray], 
 def standardised(detector: dlsr.DLSRDetector, z: np.ndarray) -> np.ndarray:
     """Return log scores in standard deviations of the held-out familiar images' log scores."""
     familiar = np.log(detector.arrays_["calibration"])
-    own = np.log(np.atleast_2d(detector.fold_scores_(z)).mean(0))
+    own = np.log(np.mean([score(z) for score in detector.fold_scores_], axis=0))
     return (own - familiar.mean()) / familiar.std()
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator, OutlierMixin
-from sklearn.preprocessing import normalize
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from dlsr import __version__
@@ -27,7 +26,7 @@ from dlsr.lfdn import LFDN
 from dlsr.scores import mfsim, mse
 from dlsr.training import train
 
-FORMAT = 3  # of the file; raise it when an older dlsr could not read the new one
+FORMAT = 4  # of the file; raise it when an older dlsr could not read the new one
 METHODS = ("gaussian", "knn", "mse", "mfsim")
 GAUSSIAN = ("location", "precision")  # its arrays
 BLOCK = 64  # vectors are scored by so many, the last ones filled up, as fewer are rounded otherwise
@@ -116,18 +115,13 @@ class DLSRDetector(OutlierMixin, BaseEstimator):
         They are multiples of 1 / (``n_calibration_`` + 1); a small one means OOD.
         """
         check_is_fitted(self)
-        scores, fold = self.arrays_["calibration"], self.arrays_["fold"]
-        by_model = np.atleast_2d(_in_blocks(self.fold_scores_, self._checked(z)))
-        return cross_conformal(by_model, [scores[fold == f] for f in range(len(by_model))])
+        z, scores, fold = self._checked(z), self.arrays_["calibration"], self.arrays_["fold"]
+        held_out = [scores[fold == f] for f in range(len(self.fold_scores_))]
+        return cross_conformal([_in_blocks(score, z) for score in self.fold_scores_], held_out)
 
     def score_samples(self, z: np.ndarray) -> np.ndarray:
-        """Return the p-values of z0, (N, c), as (N,), less up to a quarter of their step.
-
-        By it images with the same p-value are ordered by their OOD score; larger means more ID.
-        """
-        score = np.nan_to_num(self.ood_score(z).astype(float))
-        step = 1 / (self.n_calibration_ + 1)
-        return self.p_values(z) - step / 4 * score / (1 + np.abs(score))
+        """Return the p-values of z0, (N, c), as (N,), under scikit-learn's name."""
+        return self.p_values(z)
 
     def decision_function(self, z: np.ndarray) -> np.ndarray:
         """Return `score_samples` of z0, (N, c), minus ``offset_``, as (N,): negative means OOD."""
@@ -227,8 +221,9 @@ class DLSRDetector(OutlierMixin, BaseEstimator):
             models = [self._train(z[fold != f]) for f in range(fold.max() + 1)]
             arrays |= {f"fold_{name}": np.float32([m[name] for m in models]) for name in GAUSSIAN}
         arrays["fold"] = fold
-        by_model = np.atleast_2d(_in_blocks(_scores_of(self.settings_, arrays, self.device)[1], z))
-        return arrays | {"calibration": by_model[fold, np.arange(len(z))]}
+        _, by_fold = _scores_of(self.settings_, arrays, self.device)
+        held_out = np.stack([_in_blocks(score, z) for score in by_fold])
+        return arrays | {"calibration": held_out[fold, np.arange(len(z))]}
 
     def _train(self, z: np.ndarray) -> dict[str, np.ndarray]:
         """Return the arrays of one model of z0, (n, c)."""
@@ -258,29 +253,28 @@ def _check_arrays(settings: dict, arrays: dict[str, np.ndarray]) -> None:
 
 
 def _in_blocks(score: Score, z: np.ndarray) -> np.ndarray:
-    """Return scores of (N, c) as (..., N) float32, computed in blocks of equal size.
+    """Return scores of (N, c) as (N,) float32, computed in blocks of equal size.
 
     So the bits of an image's score depend neither on the other images nor on their number.
     """
     found = []
     for start in range(0, len(z), BLOCK):
         block = z[start : start + BLOCK]
-        found.append(score(np.resize(block, (BLOCK, z.shape[1])))[..., : len(block)])
-    return np.concatenate(found, axis=-1).astype(np.float32)
+        found.append(score(np.resize(block, (BLOCK, z.shape[1])))[: len(block)])
+    return np.concatenate(found).astype(np.float32)
 
 
 def _scores_of(settings: dict, arrays: dict[str, np.ndarray], device: str | None):
-    """Return two functions of z0, (N, c): to the scores, (N,), and to those by fold, (folds, N).
-
-    A network has one fold, whose scores are its own.
-    """
+    """Return the score of all images and those without each fold; a network has only its own."""
+    fold = arrays["fold"]
     if settings["method"] == "gaussian":
-        own, fold = ({n: arrays[kind + n] for n in GAUSSIAN} for kind in ("", "fold_"))
-        return partial(gaussian_score, **own), partial(_gaussian_by_fold, **fold)
+        models = zip(*(arrays[f"fold_{name}"] for name in GAUSSIAN), strict=True)
+        by_fold = [partial(gaussian_score, location=m, precision=p) for m, p in models]
+        return partial(gaussian_score, **{name: arrays[name] for name in GAUSSIAN}), by_fold
     if settings["method"] == "knn":
-        vectors, k = arrays["vectors"], settings["k"]
-        score = partial(knn_score, vectors=vectors, k=min(k, len(vectors)))
-        return score, partial(_knn_by_fold, vectors=vectors, fold=arrays["fold"], k=k)
+        parts = [arrays["vectors"][fold != f] for f in range(-1, fold.max() + 1)]  # -1 is no fold
+        own, *by_fold = (partial(knn_score, vectors=v, k=min(settings["k"], len(v))) for v in parts)
+        return own, by_fold
     with torch.device("meta"):  # the weights come from the arrays
         sizes = {name: settings[name] for name in ("width", "blocks")}
         network = LFDN(sum(settings["channels"]), **sizes)
@@ -288,20 +282,7 @@ def _scores_of(settings: dict, arrays: dict[str, np.ndarray], device: str | None
     network.load_state_dict(weights, assign=True)
     network.to(pick_device(device)).eval().requires_grad_(False)
     score = partial(_reconstruction_score, network=network, settings=settings)
-    return score, score
-
-
-def _gaussian_by_fold(z: np.ndarray, *, location: np.ndarray, precision: np.ndarray) -> np.ndarray:
-    """Return the scores by each fold's Gaussian, (folds, N)."""
-    models = zip(location, precision, strict=True)
-    return np.stack([gaussian_score(z, location=m, precision=p) for m, p in models])
-
-
-def _knn_by_fold(z: np.ndarray, *, vectors: np.ndarray, fold: np.ndarray, k: int) -> np.ndarray:
-    """Return 1 - the cosine to the k-th nearest vector outside each fold, (folds, N)."""
-    apart = 1 - normalize(z) @ vectors.T
-    others = [apart[:, fold != f] for f in range(fold.max() + 1)]
-    return np.stack([np.partition(d, at := min(k, d.shape[1]) - 1)[:, at] for d in others])
+    return score, [score]
 
 
 def _reconstruction_score(z: np.ndarray, *, network: LFDN, settings: dict) -> np.ndarray:
