@@ -31,10 +31,15 @@ def knn_score(x: np.ndarray, *, vectors: np.ndarray, k: int) -> np.ndarray:
 
     ``vectors``, (n, c), have length 1 already; ``x``, (N, c), is scaled to it.
     """
+    distances, _ = nearest(x, vectors, k=k)
+    return distances[:, -1].astype(np.float32)
+
+
+def nearest(x: np.ndarray, vectors: np.ndarray, *, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the distances to the k nearest vectors, the nearest first, and their rows, (N, k)."""
     # Brute force works through the vectors in blocks: no (N, n) matrix is made.
     neighbours = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(vectors)
-    distances, _ = neighbours.kneighbors(normalize(checked(x, vectors.shape[1])))
-    return distances[:, -1].astype(np.float32)
+    return neighbours.kneighbors(normalize(checked(x, vectors.shape[1])))
 
 
 def fit_gaussian(x: np.ndarray) -> Score:

@@ -88,6 +88,10 @@ def _fit(options: argparse.Namespace) -> None:
 def _score(options: argparse.Namespace) -> None:
     import numpy as np
 
+    from dlsr.conformal import checked_rate
+
+    for rate in {options.flag_rate, options.fdr} - {None}:
+        checked_rate(rate, "--flag-rate or --fdr")
     if options.engine == "ray":
         return _score_by_ray(options)
     detector = dlsr.DLSRDetector.load(options.detector)
@@ -98,7 +102,7 @@ def _score(options: argparse.Namespace) -> None:
     if features is not None:
         z0, rows = features.z0(), features.rows
         p, scores = detector.p_values(z0), detector.ood_score(z0)
-    rate = options.flag_rate or detector.settings_["flag_rate"]
+    rate = detector.settings_["flag_rate"] if options.flag_rate is None else options.flag_rate
     limit, rule = _limit(detector.n_calibration_, p, options.fdr, rate)
     table = _table(images, reasons, rows, scores, p, limit)
     if options.html:
@@ -238,12 +242,6 @@ def _features(options: argparse.Namespace, encoder):
     return images, features, {i: images.attempt(i)[1] for i in lost}
 
 
-def _rate(text: str) -> float:
-    if 0 < float(text) < 1:
-        return float(text)
-    raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-
-
 def _notice(text: object) -> None:
     print(f"dlsr: {text}", file=sys.stderr)
 
@@ -275,8 +273,8 @@ def _parser() -> argparse.ArgumentParser:
                        "the report has heat maps, layers and nearest images")  # fmt: skip
     score.add_argument("--json", action="store_true", help="print the rows as JSON")
     rates = score.add_mutually_exclusive_group()
-    rates.add_argument("--flag-rate", type=_rate, help="call images OOD with p up to it; 0.05")
-    rates.add_argument("--fdr", type=_rate, metavar="Q", help="call images OOD of which at most a "
+    rates.add_argument("--flag-rate", type=float, help="call images OOD with p up to it; 0.05")
+    rates.add_argument("--fdr", type=float, metavar="Q", help="call images OOD of which at most a "
                        "share Q is familiar, on average (Benjamini and Hochberg)")  # fmt: skip
     score.add_argument("--engine", choices=["ray"], help="on a Ray cluster, by dlsr[ray]")
     score.add_argument("--workers", type=int, default=1, help="of the engine; %(default)s")

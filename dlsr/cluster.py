@@ -11,6 +11,7 @@ import pyarrow as pa
 import torch
 
 from dlsr import backends, data, encoders, features
+from dlsr.conformal import checked_rate
 from dlsr.detector import DLSRDetector
 from dlsr.errors import UserError
 
@@ -25,7 +26,8 @@ def score_images(source, detector: str | Path, *, flag_rate: float | None = None
     and an encoder, ``create(name)``; an image may have ``max_pixels``, 0 means Pillow's limit.
     """
     loaded = DLSRDetector.load(detector, device="cpu")  # there it computes on GPU workers as well
-    loaded.settings_["flag_rate"] = flag_rate or loaded.settings_["flag_rate"]
+    if flag_rate is not None:
+        loaded.settings_["flag_rate"] = checked_rate(flag_rate, "flag_rate")
     return extract_images(source, loaded.encoder_name(), detector=loaded, **options)
 
 

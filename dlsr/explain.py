@@ -11,12 +11,11 @@ from functools import partial
 
 import numpy as np
 import torch
-from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import normalize
 from torch import nn
 from tqdm import tqdm
 
-from dlsr.baselines import Score, checked, fit_gaussian
+from dlsr.baselines import Score, checked, fit_gaussian, nearest
 from dlsr.data import INPUT_SIZE, ImageSet
 from dlsr.encoders import FrozenEncoder
 from dlsr.features import layer_slices, pick_device, read_batches
@@ -59,24 +58,12 @@ def knn_parts(
     z0: np.ndarray, *, vectors: np.ndarray, k: int, channels: Sequence[int]
 ) -> np.ndarray:
     """Return what each layer adds to the square of `dlsr.baselines.knn_score`, (N, M)."""
-    x = normalize(checked(z0, vectors.shape[1]))
-    _, rows = nearest(x, vectors, k=k)
-    return _by_layer(x - vectors[rows[:, -1]], channels)
+    _, rows = nearest(z0, vectors, k=min(k, len(vectors)))
+    return _by_layer(normalize(z0) - vectors[rows[:, -1]], channels)
 
 
 def _by_layer(x: np.ndarray, channels: Sequence[int]) -> np.ndarray:
     return np.stack([(x[:, s] ** 2).sum(axis=1) for s in layer_slices(channels)], axis=1)
-
-
-def nearest(z0: np.ndarray, familiar: np.ndarray, *, k: int = 3) -> tuple[np.ndarray, np.ndarray]:
-    """Return cosine similarities to the k nearest familiar vectors and their rows, (N, k) each.
-
-    The nearest comes first; ``familiar`` is (n, c), and fewer than k of them give n columns.
-    """
-    neighbours = NearestNeighbors(algorithm="brute", metric="cosine").fit(checked(familiar))
-    z0 = checked(z0, neighbours.n_features_in_)
-    distances, rows = neighbours.kneighbors(z0, min(k, len(familiar)))
-    return 1 - distances, rows
 
 
 def position_vectors(
@@ -141,7 +128,8 @@ def explained(detector, encoder, features, familiar, at: np.ndarray, usual: np.n
     positions = sample_positions(vectors(familiar.images.take(few)), len(few))
     heat = heat_maps(vectors(features.images.take(at[order])), fit_positions(positions))
     shares = layer_shares(detector.settings_, detector.arrays_, z0)
-    found = {"familiar": familiar.images, "nearest": nearest(z0[at], familiar.z0())}
+    apart, rows = nearest(z0[at], normalize(familiar.z0()), k=min(3, len(familiar)))
+    found = {"familiar": familiar.images, "nearest": (1 - apart**2 / 2, rows)}  # the cosines
     found["heat"] = heat[np.argsort(order)]
     if shares is not None:
         typical = shares[usual].mean(axis=0) if len(usual) else None

@@ -57,9 +57,9 @@ def write_report(
     pictures = {i: _pictures(picture, i, heat, n) for n, i in by_row}
     used = np.unique(nearest[1]).tolist() if nearest else []
     near = {row: (familiar.ids[row], _pictures(familiar.image, row, side=64)) for row in used}
-    cards = []
+    cards, marks = [], typical if shares is None or typical is not None else shares[0]
     for n, row in enumerate(ordered.loc[index].itertuples()):
-        layers = [] if shares is None else _bars(shares[n], typical)
+        layers = [] if shares is None else list(100 * np.stack([shares[n], marks], axis=1))
         neighbours = zip(*(part[n].tolist() for part in beside), strict=True)
         neighbours = [(similarity, *near[i]) for similarity, i in neighbours]
         cards.append((row, pictures[row.Index], layers, neighbours))
@@ -76,11 +76,6 @@ def _render(**content: object) -> bytes:
     template = Path(__file__).with_suffix(".html").read_text("utf-8")
     html = environment.from_string(template).render(**content)
     return html.encode("utf-8", "backslashreplace")  # a file's name need not be UTF-8
-
-
-def _bars(shares: np.ndarray, typical: np.ndarray | None) -> list[tuple[float, float]]:
-    typical = shares if typical is None else typical
-    return [(100 * float(a), 100 * float(b)) for a, b in zip(shares, typical, strict=True)]
 
 
 def _pictures(picture, i, heat=None, place=0, side=SIDE) -> list[str]:
