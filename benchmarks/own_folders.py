@@ -1,12 +1,14 @@
 """How well small folders of familiar images work; writes ``own_folders.csv``.
 
-    python benchmarks/own_folders.py [--seeds 3] [--ideas]
+    python benchmarks/own_folders.py [--seeds 5] [--ideas | --networks]
 
 Each of 18 tasks takes one class of a set as familiar and the set's other classes as OOD: horses of
 CIFAR-10, the digit 3 of MNIST, ten textures, six kinds of scene. A detector is fitted on a few
 images that a seed draws, and tested on other images of that class and of the others. Every image
 goes through EfficientNet-Lite0 once. ``--ideas`` also tries mirrored images and sums of two scores,
 which are to be chosen by every second task (``half`` is ``choose``) and read on the others.
+``--networks`` measures only the methods that train a network, on 50 images. Rows that are measured
+again replace those of the same task, size, method and seed; the others stay.
 """
 
 import argparse
@@ -65,7 +67,7 @@ def standardised(detector: dlsr.DLSRDetector, z: np.ndarray) -> np.ndarray:
     return (own - familiar.mean()) / familiar.std()
 
 
-def methods(channels: tuple[int, ...], kinds: list[str]) -> dict[str, Callable]:
+def methods(channels: tuple[int, ...], kinds: list[str], networks: bool) -> dict[str, Callable]:
     """Return functions of z0 by kind to fit on, which return a function to scores and flags."""
 
     def one(method: str, kind: str = "", **options) -> Callable:
@@ -80,6 +82,8 @@ def methods(channels: tuple[int, ...], kinds: list[str]) -> dict[str, Callable]:
         pair += [dlsr.DLSRDetector(channels, method="knn", k=2).fit(z[""])]
         return lambda z: (sum(standardised(one, z[""]) for one in pair), None)
 
+    if networks:  # 45 images are one batch, so that an epoch is one of the 500 updates of `fit`
+        return {method: one(method, epochs=500) for method in ("mse", "mfsim")}
     found = {"gaussian": one("gaussian"), "knn": one("knn"), "knn k=2": one("knn", k=2)}
     if "flip" in kinds:
         found["gaussian + knn"] = both
@@ -87,14 +91,16 @@ def methods(channels: tuple[int, ...], kinds: list[str]) -> dict[str, Callable]:
     return found
 
 
-def run_task(z, familiar, sizes, seed, channels):
+def run_task(z, familiar, sizes, seed, channels, networks):
     """Yield the numbers of each size and method of one task, as dictionaries."""
     picks = np.random.RandomState(seed)
     inside, outside = (picks.permutation(np.flatnonzero(mask)) for mask in (familiar, ~familiar))
     for size in sizes:
         parts = (inside[:size], inside[max(sizes) :][:TEST], outside[:TEST])
+        if networks and size != 50:
+            continue
         fit, on_id, on_ood = ({kind: x[rows] for kind, x in z.items()} for rows in parts)
-        for name, method in methods(channels, list(z)).items():
+        for name, method in methods(channels, list(z), networks).items():
             began = time.perf_counter()
             score = method(fit)
             seconds = time.perf_counter() - began
@@ -108,9 +114,11 @@ def run_task(z, familiar, sizes, seed, channels):
 def main() -> None:
     """Measure, print the means and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--ideas", action="store_true", help="also try what could be better")
-    options = parser.parse_args()
+    parser.add_argument("--networks", action="store_true", help="only those, on 50 images")
+    options, file = parser.parse_args(), Path(__file__).with_suffix(".csv")
+    known = [pd.read_csv(file)] if file.is_file() else []
     encoder, rows, tasks = dlsr.create_encoder("efficientnet_lite0"), [], 0
     for key, (chosen, *_) in SETS.items():
         z, labels = features(key, encoder, ideas=options.ideas)
@@ -119,10 +127,12 @@ def main() -> None:
             about = {"task": f"{key.split('/')[0]}: {label}", "half": half}
             for seed in range(options.seeds):
                 sizes = SIZES.get(key, (30, 50))
-                found = run_task(z, labels == label, sizes, seed, encoder.channels)
+                how = (seed, encoder.channels, options.networks)
+                found = run_task(z, labels == label, sizes, *how)
                 rows += [about | row for row in found]
-            table = pd.DataFrame(rows)
-            table.to_csv(Path(__file__).with_suffix(".csv"), index=False, float_format="%.4g")
+            table = pd.concat([*known, pd.DataFrame(rows)])
+            table = table.drop_duplicates(["task", "size", "method", "seed"], keep="last")
+            table.to_csv(file, index=False, float_format="%.4g")
     means = table.groupby(["half", "size", "method"])[["auroc", "familiar_flagged", "ood_flagged"]]
     print(means.mean().round(2).to_string())
 
