@@ -95,7 +95,8 @@ def _score(options: argparse.Namespace) -> None:
     if options.engine == "ray":
         return _score_by_ray(options)
     detector = dlsr.DLSRDetector.load(options.detector)
-    encoder = dlsr.create_encoder(detector.encoder_name())
+    layers = detector.about_.get("layers")  # of a detector that was saved from Python
+    encoder = dlsr.create_encoder(detector.encoder_name(), layers=layers)
     detector.encoder_name(encoder.weights_sha256)
     images, features, reasons = _features(options, encoder)
     p, scores, rows = np.empty(0), np.empty(0), []

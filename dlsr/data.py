@@ -220,7 +220,7 @@ def load_images(name: str | Path, *, n: int = 0, seed: int = 0) -> ImageSet:
     that says where a missing set is put.
     """
     row, folder = registry().get(str(name)), Path(name)
-    if not row and not folder.is_dir():
+    if not row and not (str(name) and folder.is_dir()):
         raise UserError(f"{str(name)!r} is neither a folder nor a set of `dlsr.registry()`.")
     images = _registered(row) if row else from_folder(folder)
     if not 0 < n < len(images):

@@ -40,7 +40,7 @@ class FakeEncoder(nn.Module):
 def encoder(monkeypatch):
     """The encoder that every command gets when it asks for `fake`."""
     fake, real = FakeEncoder(), dlsr.create_encoder
-    choose = lambda name: fake if name == "fake" else real(name)  # noqa: E731
+    choose = lambda name, **_: fake if name == "fake" else real(name)  # noqa: E731
     monkeypatch.setattr("dlsr.encoders.create_encoder", choose)
     return fake
 

@@ -59,6 +59,7 @@ def test_a_folder_is_read_in_order_with_its_folders_as_labels(tmp_path):
     ("call", "told"),
     [
         (lambda: load_images("cifar11/test"), "'cifar11/test' is neither"),
+        (lambda: load_images(""), "'' is neither"),
         (lambda: load_images("given"), "2 other files, none of them an image"),
         (lambda: one_image(b"no image").image(0), r"the-name\.png"),
         (lambda: one_image(Path("gone.png")).image(0), r"the-name\.png.*gone"),
