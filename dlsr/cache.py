@@ -84,7 +84,7 @@ def read_tensors(file: Path) -> tuple[dict, dict]:
     """Return what `write_tensors` wrote: ``about`` and the tensors by their names."""
     try:
         with safe_open(file, "pt") as content:
-            names, about = content.keys(), json.loads(content.metadata()["dlsr"])
+            names, about = content.keys(), dict(json.loads(content.metadata()["dlsr"]))
             return about, {name: content.get_tensor(name) for name in names}
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{file} is damaged or not dlsr's ({error}); make it again.") from error

@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 Image.MAX_IMAGE_PIXELS = options.max_pixels / 2
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             options.run(options)  # it imports what is heavy, so that Ctrl-C is caught here
-            sys.stdout.flush()
+            print(end="", flush=True)  # where there is no standard output, it does nothing
         except BrokenPipeError:  # the reader of the output, such as `head`, has enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
@@ -228,7 +228,7 @@ def _info(options: argparse.Namespace) -> None:
     known = {"file": options.detector, "format": FORMAT} | detector.settings_ | detector.about_
     known |= {"calibrated on": n, "finest rate": f"{1 / (n + 1):.4g}"}
     for name, value in (known | detector.versions_).items():
-        print(f"{name:20} {value}")
+        print(f"{name:20} {value}".encode("utf-8", "backslashreplace").decode())
 
 
 def _features(options: argparse.Namespace, encoder):

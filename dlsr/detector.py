@@ -19,7 +19,7 @@ from dlsr import __version__
 from dlsr.baselines import Score, fit_gaussian, fit_knn, gaussian_score, knn_score
 from dlsr.cache import array_sha256, as_json, read_tensors, write_tensors
 from dlsr.conformal import assign_folds, checked_rate, cross_conformal, flag_limit
-from dlsr.diffusion import ddim_released, fixed_noise, reconstruct
+from dlsr.diffusion import T, ddim_released, fixed_noise, reconstruct
 from dlsr.errors import UserError
 from dlsr.features import check_finite, pick_device
 from dlsr.lfdn import LFDN
@@ -177,23 +177,25 @@ class DLSRDetector(OutlierMixin, BaseEstimator):
         Raises `UserError` for a file that is damaged, of another version or no detector.
         """
         content, tensors = read_tensors(Path(path))
-        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-        form = content.get("format")
-        if form != FORMAT:
-            raise UserError(f"{path} has the format {form}, {FORMAT} is needed; fit it again.")
-        if content.pop("sha256", None) != _sha256(content, arrays):
-            raise UserError(f"The detector {path} is damaged: its checksum differs; fit it again.")
+        if content.get("format") != FORMAT:
+            form = str(content.get("format"))
+            raise UserError(f"{path} has the format {form:.9}, {FORMAT} is needed; fit it again.")
         try:
+            arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+            if content.pop("sha256", None) != _sha256(content, arrays):
+                raise ValueError("it is damaged, as its checksum differs")
             settings = content["parameters"]
-            settings["channels"] = tuple(map(int, settings["channels"]))
-            _check_arrays(settings, arrays)
+            _check_content(settings, arrays, content["about"], content["versions"])
+            settings["channels"] = tuple(settings["channels"])
             detector = cls(**settings | {"device": device})
             detector.settings_, detector.arrays_ = settings, arrays
             detector.n_features_in_ = sum(settings["channels"])
             detector.about_, detector.versions_ = content["about"], content["versions"]
             detector.score_, detector.fold_scores_ = _scores_of(settings, arrays, device)
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise UserError(f"{path} is no detector ({error}); fit it again.") from error
+            detector.decision_function(np.ones((1, detector.n_features_in_), np.float32))
+        except Exception as error:  # a file can be forged so that it raises almost anything
+            told = " ".join(str(error).split())
+            raise UserError(f"{path} is no detector ({told:.200}); fit it again.") from error
         return detector
 
     def _checked(self, z: np.ndarray, reset: bool = False) -> np.ndarray:
@@ -237,18 +239,27 @@ class DLSRDetector(OutlierMixin, BaseEstimator):
         return {name: tensor.cpu().numpy() for name, tensor in network.state_dict().items()}
 
 
-def _check_arrays(settings: dict, arrays: dict[str, np.ndarray]) -> None:
-    """Raise ValueError unless the arrays of a file have the shapes that scoring needs."""
-    c, n, folds = sum(settings["channels"]), len(arrays["fold"]), 1 + int(arrays["fold"].max())
+def _check_content(settings: dict, arrays: dict[str, np.ndarray], about, versions) -> None:
+    """Raise ValueError, or another error, for what scoring would not notice in a file."""
+    channels, fold, method = settings["channels"], arrays["fold"], settings["method"]
+    c, n, folds = sum(channels), len(fold), 1 + int(fold.max())
     model = {"location": (c,), "precision": (c, c)}
     shapes = {"knn": {"vectors": (n, c)}, "mse": {}, "mfsim": {}, "gaussian": model.copy()}
     shapes["gaussian"] |= {f"fold_{name}": (folds, *shape) for name, shape in model.items()}
-    needed = {"calibration": (n,), "fold": (n,)} | shapes[settings["method"]]
+    needed = {"calibration": (n,), "fold": (n,)} | shapes[method]
+    types = {"fold": np.int64} | dict.fromkeys(GAUSSIAN, np.float64)
     wrong = [name for name, shape in needed.items() if arrays[name].shape != shape]
-    wrong += [name for name, array in arrays.items() if not np.isfinite(array).all()]
-    single = settings["method"] in ("mse", "mfsim") and folds > 1
-    if wrong or single or arrays["fold"].min() < 0 or arrays["fold"].dtype != np.int64:
+    for name, array in arrays.items():
+        if array.dtype != types.get(name, np.float32) or not np.isfinite(array).all():
+            wrong.append(name)
+    if wrong or fold.min() < 0 or folds > (1 if method in ("mse", "mfsim") else n):
         raise ValueError(f"its arrays {', '.join(wrong) or 'fold'} make no sense")
+    listed = isinstance(channels, list) and all(type(x) is int and x > 0 for x in channels)
+    told = isinstance(about, dict) and isinstance(about.get("encoder", ""), str)
+    if not (listed and told and isinstance(versions, dict) and settings["blocks"] < 1000):
+        raise ValueError("what it says of itself makes no sense")
+    if not 0 < settings["t"] < T:
+        raise ValueError(f"its t is {settings['t']}")
     checked_rate(settings["flag_rate"], "flag_rate")
 
 
