@@ -13,9 +13,9 @@ from dlsr.cache import replace_file
 from dlsr.errors import UserError
 
 METHOD = (
-    "gaussian (the default), knn, mse or mfsim: over 18 small folders of photographs the "
-    "Gaussian's mean AUROC was 0.948, that of two nearest neighbours 0.945, of mse 0.948, and of "
-    "mfsim 0.904; the last two train a network"
+    "gaussian (the default), knn, mse or mfsim: with 50 images of 18 kinds the mean AUROC of "
+    "the Gaussian was 0.947, of the second nearest neighbour 0.941, of mse 0.942, and of mfsim "
+    "0.921; the last two train a network"
 )
 FEWEST = 20  # images, below which a fit must be forced: at 5 % it could call none OOD
 UPDATES = 500  # of a network, at least, however few images there are

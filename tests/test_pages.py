@@ -15,7 +15,7 @@ from conftest import one_sentence
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {file.stem: file for file in sorted(ROOT.glob("notebooks/*.ipynb"))}
 REPORTS = {"30_deviations", "31_coverage", "32_results", "33_claims", "34_far_ood", "35_near_ood"}
-REPORTS |= {"36_ablations", "50_speed", "51_cluster"}
+REPORTS |= {"36_ablations", "50_speed", "51_cluster", "52_own_folders"}
 COLAB = "# On Colab, fetch module and results first; elsewhere this does nothing.\n"
 
 

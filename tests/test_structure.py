@@ -32,7 +32,7 @@ FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 @pytest.mark.parametrize(
-    ("files", "limit"), [("dlsr/*.py", 3020), ("dlsr/study/*.py", 1250), ("tests/*.py", 5800)]
+    ("files", "limit"), [("dlsr/*.py", 2955), ("dlsr/study/*.py", 1250), ("tests/*.py", 5800)]
 )
 def test_the_files_are_short(files, limit):
     lines = {file.name: file.read_text("utf-8").count("\n") for file in ROOT.glob(files)}
