@@ -3,7 +3,7 @@
 # make pages     the book, and a look at each page in Chromium, wide and narrow: does all fit and load?
 # make results PROFILE=pack [ITEM=08_near_ood] [OPTIONS="-p seeds 1"]
 #                measures; the only writer of results/
-# make bench     measures speed; bench-folders, bench-memory, bench-precision and prove (Ray) what
+# make bench     measures speed; bench-folders, bench-memory, bench-precision and prove (Ray, damage) what
 #                their names say;
 #                each writes into benchmarks/
 # All make .venv first, with the versions of requirements.lock. make LOCK= takes the newest versions
@@ -60,6 +60,7 @@ bench-memory: $(VENV)/installed
 
 prove: $(VENV)/installed
 	$(BIN)/python benchmarks/prove_cluster.py
+	$(BIN)/python benchmarks/prove_unbreakable.py
 
 executed: $(PAGES)
 

@@ -83,6 +83,8 @@ def write_tensors(file: Path, tensors: dict, about: dict) -> None:
 def read_tensors(file: Path) -> tuple[dict, dict]:
     """Return what `write_tensors` wrote: ``about`` and the tensors by their names."""
     try:
+        if not file.is_file():  # reading a pipe would wait for ever
+            raise OSError("it is no plain file")
         with safe_open(file, "pt") as content:
             names, about = content.keys(), dict(json.loads(content.metadata()["dlsr"]))
             return about, {name: content.get_tensor(name) for name in names}

@@ -281,7 +281,7 @@ def from_folder(folder: Path, pattern: str = "") -> ImageSet:
     """
     paths, others, read = [], Counter(), formats()  # it also fills what Pillow has registered
     known = {suffix for suffix, form in Image.registered_extensions().items() if form in read}
-    known |= {*HEIF, *NOT_READ}
+    known |= {*HEIF, *NOT_READ, ".mpo"}  # photographs of some cameras, which Pillow opens as JPEG
     for path in sorted(folder.rglob(pattern or "*")):
         parts = path.relative_to(folder).parts
         if path.is_dir():

@@ -297,7 +297,7 @@ def _scores_of(settings: dict, arrays: dict[str, np.ndarray], device: str | None
 
 
 def _reconstruction_score(z: np.ndarray, *, network: LFDN, settings: dict) -> np.ndarray:
-    noise = fixed_noise(settings["t"] + 1, z.shape[1], seed=settings["seed"])
+    noise = fixed_noise(min(settings["t"], T) + 1, z.shape[1], seed=settings["seed"])
     back = reconstruct(network, z, ddim_released, t=settings["t"], noise=noise)
     if settings["method"] == "mse":
         return mse(z, back)
