@@ -21,7 +21,7 @@ HEAT = (240, 70, 0)  # the colour of strange positions
 
 def strangest(rows: pd.DataFrame, n: int = SHOWN) -> list:
     """Return the index of the n strangest scored rows, by p-value and then by score."""
-    return in_order(rows).index[: min(n, rows["ood_score"].count())].tolist()
+    return in_order(rows).dropna(subset="ood_score").index[:n].tolist()
 
 
 def in_order(rows: pd.DataFrame) -> pd.DataFrame:
@@ -48,7 +48,7 @@ def write_report(
     file cannot be written.
     """
     ordered = in_order(rows).dropna(subset="ood_score")
-    index, beside = strangest(rows, shown), nearest or ()
+    index, beside, cards = ordered.index[:shown].tolist(), nearest or (), []
     given = [len(part) for part in (heat, shares, *beside) if part is not None]
     if wrong := set(given) - {len(index)}:
         raise UserError(f"{min(wrong)} explanations were given for {len(index)} shown images.")
@@ -57,9 +57,9 @@ def write_report(
     pictures = {i: _pictures(picture, i, heat, n) for n, i in by_row}
     used = np.unique(nearest[1]).tolist() if nearest else []
     near = {row: (familiar.ids[row], _pictures(familiar.image, row, side=64)) for row in used}
-    cards, marks = [], typical if shares is None or typical is not None else shares[0]
     for n, row in enumerate(ordered.loc[index].itertuples()):
-        layers = [] if shares is None else list(100 * np.stack([shares[n], marks], axis=1))
+        pair = [] if shares is None else [shares[n], shares[n] if typical is None else typical]
+        layers = (100 * np.transpose(pair)).tolist()
         neighbours = zip(*(part[n].tolist() for part in beside), strict=True)
         neighbours = [(similarity, *near[i]) for similarity, i in neighbours]
         cards.append((row, pictures[row.Index], layers, neighbours))
